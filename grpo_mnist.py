@@ -1,0 +1,880 @@
+"""Teach a small network to read handwritten digits by trial and error, with GRPO.
+
+The network looks at an image, guesses a digit, and hears "right" or "wrong"; it never
+sees a label. Group Relative Policy Optimization (GRPO) turns that into a gradient: it is
+PPO without the critic, where a guess counts as good if it did better than its group did
+on average. One step on a batch:
+
+    sample answers -> rewards -> group advantages -> several rounds of the PPO-clip loss
+
+How this departs from the paper that introduced GRPO (DeepSeekMath, arXiv 2402.03300,
+section 4.1), and why:
+
+    group      there, G answers to one question; here, by default, one answer to each image
+               of a batch, and the batch is the group. That is a good baseline, but blind to
+               how hard an image is: batch-standardised REINFORCE in PPO's clothes
+    KL term    there, always on, as the k3 estimate; here, off by default, and exact, since
+               ten answers can be summed over
+    episode    there, a text of many tokens; here, one guess, so that a ratio per token and a
+               ratio per answer are the same thing
+    reward     there, a learned reward model; here, a rule, as in DeepSeek-R1-Zero
+
+    python grpo_mnist.py                      the defaults: MNIST, or digits without network
+    python grpo_mnist.py --help               every flag
+    python grpo_mnist.py --num-generations 8 --num-iterations 8 --learning-rate 2e-3
+
+HEADER_RESULT
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tensorflow_probability.substrates.jax import distributions as tfd
+
+# B images in a batch, G answers per image, A = 10 possible answers, K rounds per batch.
+
+
+# --- Config: one field per flag -------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Something was asked for wrongly: a flag, a combination, a directory (exit status 2)."""
+
+
+class RunError(RuntimeError):
+    """Something went wrong on the way: data, disk, numbers (exit status 1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run does; a flag is a field with dashes.
+
+    Raises UsageError, naming flag, value and rule, for a value of the wrong type, not finite or
+    out of range, and for combinations that cannot work.
+    """
+
+    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
+    """What to read; auto is MNIST if it can be had, else scikit-learn's digits."""
+    data_dir: Path = dataclasses.field(
+        default_factory=lambda: Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    )
+    """Where the data lie or are put, as tensorflow-datasets does it ($TFDS_DATA_DIR)."""
+    num_epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 1024
+    """B, images per step; with baseline "batch" they are the group."""
+    num_generations: int = 1
+    """G, answers sampled per image."""
+    num_iterations: int = 4
+    """K, rounds of the PPO-clip loss per batch (mu in the GRPO paper)."""
+    num_minibatches: int = 1
+    """Pieces that a round is cut into, one Adam update each."""
+    learning_rate: float = 3e-3
+    """Adam's step size, at the start of the schedule."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """Cosine falls to 0 over the run."""
+    clip_epsilon: float = 0.2
+    """PPO's epsilon: a ratio beyond 1 - epsilon or 1 + epsilon gains nothing more."""
+    clip_epsilon_high: float | None = None
+    """DAPO's own epsilon for the upper bound; None: clip_epsilon."""
+    baseline: Literal["batch", "none"] = "batch"
+    """Subtracted from a reward: the batch's mean (GRPO, the batch is the group), or nothing."""
+    scale_rewards: Literal["batch", "none"] = "batch"
+    """Divides it: the batch's standard deviation, or nothing (as in Dr. GRPO)."""
+    beta: float = 0.0
+    """Weight in the loss of the KL divergence from the reference, the actor as it began."""
+    kl_estimator: Literal["exact", "k3"] = "exact"
+    """Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must."""
+    ref_sync_epochs: int = 0
+    """Make the reference the current actor every so many epochs; 0: never."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for undecided answers."""
+    seed: int = 0
+    """Decides the weights, the order of the images and every sampled answer."""
+    output_dir: Path | None = None
+    """Where to write results; None: runs/<dataset>-<seed>-<time>."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_dir") and isinstance(value, str | Path):
+                object.__setattr__(self, field.name, Path(value).expanduser())
+            elif not has_type(value, field.type):
+                raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
+        for name, allowed, rule in self.rules():
+            if not allowed:
+                raise UsageError(f"{flag(name)} {getattr(self, name)} must be {rule}")
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields (field, whether its value is allowed, what it must be)."""
+        for name, value in vars(self).items():
+            yield name, not isinstance(value, float) or math.isfinite(value), "a finite number"
+        for name in ("num_epochs", "batch_size", "num_generations", "num_iterations"):
+            yield name, getattr(self, name) >= 1, "1 or more"
+        pieces = self.num_minibatches
+        fits = pieces >= 1 and self.batch_size % pieces == 0
+        yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
+        yield "learning_rate", self.learning_rate > 0, "above 0"
+        yield "clip_epsilon", 0 < self.clip_epsilon < 1, "above 0 and below 1"
+        yield "clip_epsilon_high", self.upper_clip_epsilon > 0, "above 0"
+        for name in ("beta", "ref_sync_epochs", "entropy_coef"):
+            yield name, getattr(self, name) >= 0, "0 or more"
+        for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
+            useful = self.beta > 0 or getattr(self, name) == unused
+            yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
+        yield "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"
+
+    @property
+    def upper_clip_epsilon(self) -> float:
+        """clip_epsilon_high, or clip_epsilon where that is None."""
+        return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
+
+
+def flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def has_type(value: Any, annotation: Any) -> bool:
+    """Whether a Config field may hold the value; a bool is not an int, but an int is a float."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if typing.get_origin(annotation) is Literal:
+        return value in kinds
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+# --- Data: files, verified; batches ---------------------------------------------------------
+
+
+class DataUnavailable(RunError):
+    """The files are neither on this machine nor to be had from the network."""
+
+
+class Dataset(NamedTuple):
+    """Images uint8 (N, 784), grey values 0 to 255; labels int32 (N,), 0 to 9."""
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load_dataset(name: str, data_dir: Path) -> Dataset:
+    """Reads a data set, named as by its flag, from data_dir; downloads it there if it is missing.
+
+    Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network),
+    RunError if a file is not what it should be, UsageError if data_dir is not a directory.
+    """
+    if name == "digits":
+        return load_digits()
+    if name != "auto":
+        return load_idx_files(name, Path(data_dir))
+    try:
+        return load_idx_files("mnist", Path(data_dir))
+    except DataUnavailable as reason:
+        say(f"NOTICE: {reason}")
+        say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
+        return load_digits()
+
+
+def load_idx_files(name: str, data_dir: Path) -> Dataset:
+    """Reads the four files of MNIST or of one of its relatives; see load_dataset.
+
+    tensorflow-datasets knows their addresses and checksums and keeps them; its own reader would
+    need TensorFlow, so NumPy decodes them.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.resource import get_dl_fname
+
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir} is not a directory; name another")
+    downloads = data_dir / "downloads"
+    url_infos = tfds.builder_cls(name).url_infos
+    paths = {}
+    for url, info in url_infos.items():
+        by_hand = downloads / "manual" / info.filename
+        cached = downloads / name / get_dl_fname(url, info.checksum)
+        paths[url] = by_hand if by_hand.exists() else cached
+    if missing := [url for url, path in paths.items() if not path.exists()]:
+        download(name, missing, url_infos, downloads)
+    # In the order of their names: t10k-images, t10k-labels, train-images, train-labels.
+    arrays = [read_idx_file(paths[url], url, url_infos[url]) for url in sorted(paths)]
+    images = [array.reshape(-1, 784) for array in arrays[::2]]
+    labels = [array.astype(np.int32) for array in arrays[1::2]]
+    return Dataset(name, images[1], labels[1], images[0], labels[0])
+
+
+def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: Path) -> None:
+    """Has tensorflow-datasets fetch and check files, into the place where it keeps them.
+
+    They arrive in a temporary directory, so that nothing half-written is ever found there.
+    """
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+    failures = (requests.RequestException, tfds.download.DownloadError, NonMatchingChecksumError)
+    if not (failure := why_unreachable(urls[0])):
+        (downloads / name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=downloads) as arriving:
+            try:
+                manager = tfds.download.DownloadManager(
+                    download_dir=arriving, url_infos=url_infos, dataset_name=name
+                )
+                manager.download(urls)
+                for path in Path(arriving, name).iterdir():
+                    path.replace(downloads / name / path.name)
+            except failures as error:
+                failure = first_line(error)
+    if failure:
+        files = ", ".join(url_infos[url].filename for url in urls)
+        raise DataUnavailable(
+            f"{name} cannot be had: {failure}; connect to the network, or fetch {files} from"
+            f" {os.path.dirname(urls[0])}/ and put them into {downloads / 'manual'}"
+        )
+
+
+def why_unreachable(url: str, seconds: float = 8.0) -> str | None:
+    """None if the server answers in time, else the reason in a few words.
+
+    Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in
+    a thread, since looking up a name has none either.
+    """
+    import requests
+
+    outcome = [f"no answer from {url} in {seconds:.0f} s"]
+
+    def ask() -> None:
+        try:
+            response = requests.head(url, timeout=seconds, allow_redirects=True)
+            outcome.append("" if response.ok else f"HTTP status {response.status_code} from {url}")
+        except requests.RequestException as error:
+            outcome.append(f"no connection to {url} ({type(error).__name__})")
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[-1] or None
+
+
+def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
+    """Decodes a gzipped IDX file of bytes, if its SHA-256 is the registered one.
+
+    IDX: two zero bytes, the element type, the number of dimensions, each dimension as a
+    big-endian int32, the elements.
+    """
+    try:
+        packed = path.read_bytes()
+        digest = hashlib.sha256(packed).hexdigest()
+        found = f"{len(packed):,} bytes with SHA-256 {digest}"
+    except OSError as error:
+        digest, found = None, error.strerror
+    if digest != info.checksum:
+        raise RunError(
+            f"{path} is not the file that it should be: expected {int(info.size):,} bytes with"
+            f" SHA-256 {info.checksum}, found: {found}; remove it and run again, connected to the"
+            f" network or with {url} saved as {path}"
+        )
+    content = gzip.decompress(packed)
+    num_dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+
+
+def load_digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, enlarged to 24x24 in a margin of 2.
+
+    The last 360, by other writers, are the test set; the others are in the training set in all
+    25 shifts of up to 2 pixels.
+    """
+    from sklearn import datasets
+
+    small_images, labels = datasets.load_digits(return_X_y=True)
+    images = np.kron(small_images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    shifts = list(itertools.product(range(-2, 3), repeat=2))
+    shifted_images = [np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts]
+    return Dataset(
+        "digits",
+        np.concatenate(shifted_images).reshape(-1, 784),
+        np.tile(labels[:-360], len(shifts)),
+        images[-360:].reshape(-1, 784),
+        labels[-360:],
+    )
+
+
+def batches(dataset: Dataset, config: Config, epoch: int) -> Iterator[tuple]:
+    """Yields an epoch's full batches, images (B, 784) and labels (B,), of the training set.
+
+    Their order depends on (seed, epoch) alone. The images that do not fill a batch are left
+    over, other ones in each epoch.
+    """
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(dataset.train_images))
+    for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
+        chosen = order[start : start + config.batch_size]
+        yield dataset.train_images[chosen], dataset.train_labels[chosen]
+
+
+# --- Actor: the policy ----------------------------------------------------------------------
+
+
+class Actor(nnx.Module):
+    """The policy: float32 images (B, in_features), grey values 0 to 1 -> B distributions.
+
+    in_features -> 128 -> ReLU -> 128 -> ReLU -> out_features logits: 118,282 parameters for 784
+    and 10.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
+        self.hidden_1 = nnx.Linear(in_features, 128, rngs=rngs)
+        self.hidden_2 = nnx.Linear(128, 128, rngs=rngs)
+        self.logits = nnx.Linear(128, out_features, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> tfd.Categorical:
+        hidden = nnx.relu(self.hidden_1(images))  # (B, 128)
+        hidden = nnx.relu(self.hidden_2(hidden))  # (B, 128)
+        return tfd.Categorical(logits=self.logits(hidden))  # over A answers, for each of B images
+
+
+def log_probs_of(policy, actions):
+    """log pi(action | image) of actions int (B, G) -> float32 (B, G)."""
+    return policy.log_prob(actions.T).T  # TFP puts the axis of the samples first
+
+
+# --- Rewards and advantages -----------------------------------------------------------------
+
+
+@jax.jit
+def calculate_rewards(actions, labels):
+    """1.0 for the right digit, else 0.0: actions int (B, G), labels int (B,) -> float32 (B, G)."""
+    return (actions == labels[:, None]).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("baseline", "scale_rewards"))
+def group_advantages(rewards, *, baseline, scale_rewards):
+    """How much better than its group each answer did: any real rewards (B, G) -> float32 (B, G).
+
+    (r - mean(r)) / (std(r) + 1e-8), DeepSeekMath (arXiv 2402.03300), section 4.1.2, where here
+    the whole batch is the group. "none" for baseline leaves out the mean, for scale_rewards the
+    deviation, which is a population one (ddof=0). Subtracting a mean does not change a deviation,
+    so it does not matter which of the two is taken first.
+    """
+    rewards = jnp.asarray(rewards, jnp.float32)
+    advantages = rewards
+    if baseline == "batch":
+        advantages = advantages - rewards.mean()
+    if scale_rewards == "batch":
+        advantages = advantages / (rewards.std() + 1e-8)
+    if baseline == scale_rewards == "none":
+        return advantages
+    # Equal rewards teach nothing; their float32 mean may be off in the last bit, so say so.
+    return jnp.where(all_equal(rewards), 0.0, advantages)
+
+
+def all_equal(rewards):
+    """Whether a group carries no signal."""
+    return rewards.max() == rewards.min()
+
+
+# --- Loss -----------------------------------------------------------------------------------
+
+
+def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
+    """PPO's clipped surrogate, negated: three float arrays (B, G), two bounds -> a scalar.
+
+    -mean(min(A r, A clip(r, 1 - epsilon, 1 + epsilon_high))) with r = pi / pi_old: PPO (arXiv
+    1707.06347), equation 7; the second epsilon is from DAPO (arXiv 2503.14476), equation 10.
+    """
+    ratio = jnp.exp(log_probs - old_log_probs)
+    clipped_ratio = jnp.clip(ratio, 1 - clip_epsilon, 1 + clip_epsilon_high)
+    return -jnp.minimum(advantages * ratio, advantages * clipped_ratio).mean()
+
+
+def kl_to_reference(policy, reference, actions, estimator):
+    """Mean KL(policy || reference) in nats: two policies, actions int (B, G) -> a scalar.
+
+    "exact" sums over the ten answers. "k3" estimates from the sampled ones, DeepSeekMath,
+    equation 4; without bias only for answers of this very policy, that is, in the first round.
+    """
+    if estimator == "exact":
+        return policy.kl_divergence(reference).mean()
+    log_ratio = log_probs_of(reference, actions) - log_probs_of(policy, actions)
+    return (jnp.exp(log_ratio) - log_ratio - 1).mean()
+
+
+class Rollout(NamedTuple):
+    """A batch with what was sampled for it, fixed while the actor learns from it."""
+
+    images: jax.Array  # float32 (B, 784)
+    actions: jax.Array  # int32 (B, G)
+    old_log_probs: jax.Array  # float32 (B, G)
+    advantages: jax.Array  # float32 (B, G)
+    reference_logits: jax.Array | None  # float32 (B, A); None while beta is 0
+
+
+def loss_fn(actor, rollout, config):
+    """What an update lowers (a scalar), and what there is to know of it (scalars by name)."""
+    policy = actor(rollout.images)
+    log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
+    old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
+    low, high = config.clip_epsilon, config.upper_clip_epsilon
+    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, low, high)
+    entropy = policy.entropy().mean()
+    loss = loss - config.entropy_coef * entropy
+    ratio = jnp.exp(log_probs - old_log_probs)
+    metrics = {
+        "entropy": entropy,
+        "ratio_max": ratio.max(),
+        "clip_ratio_low": ((ratio < 1 - low) & (advantages < 0)).mean(),
+        "clip_ratio_high": ((ratio > 1 + high) & (advantages > 0)).mean(),
+    }
+    if config.beta > 0:
+        reference = tfd.Categorical(logits=rollout.reference_logits)
+        metrics["kl"] = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
+        loss = loss + config.beta * metrics["kl"]
+    return loss, metrics | {"loss": loss}
+
+
+# --- Training step --------------------------------------------------------------------------
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step replaces."""
+
+    actor: Actor
+    optimizer_state: optax.OptState
+    reference: Actor | None  # None while beta is 0
+    key: jax.Array
+
+
+@partial(jax.jit, static_argnames=("optimizer", "config"))
+def create_train_state(key, *, optimizer, config):
+    """A fresh actor, its Adam state, and a copy of it as the reference if there is a KL term."""
+    key, actor_key = jax.random.split(key)
+    actor = Actor(784, 10, rngs=nnx.Rngs(actor_key))
+    reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
+    return TrainState(actor, optimizer.init(actor), reference, key)
+
+
+def sample_rollout(state, images, labels, key, config):
+    """Lets the actor answer each image G times and rewards it: (rollout, rewards (B, G))."""
+    images = images.astype(jnp.float32) / 255  # (B, 784)
+    policy = state.actor(images)
+    actions = policy.sample(config.num_generations, seed=key).T  # (B, G), from one forward pass
+    rewards = calculate_rewards(actions, labels)
+    rollout = Rollout(
+        images,
+        actions,
+        old_log_probs=log_probs_of(policy, actions),
+        advantages=group_advantages(
+            rewards, baseline=config.baseline, scale_rewards=config.scale_rewards
+        ),
+        reference_logits=state.reference(images).logits if config.beta > 0 else None,
+    )
+    return rollout, rewards
+
+
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
+def train_step(state, images, labels, *, optimizer, config):
+    """One batch: sample, reward, compare, and K rounds of updates (DeepSeekMath, algorithm 1).
+
+    images uint8 (B, 784), labels int32 (B,) -> the new state, metrics (scalars by name). The old
+    state's memory is reused: do not touch it again.
+    """
+    key, sampling_key = jax.random.split(state.key)
+    rollout, rewards = sample_rollout(state, images, labels, sampling_key, config)
+    pieces = config.num_minibatches
+    minibatches = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rollout)
+
+    def update(learner, minibatch):
+        actor, optimizer_state = learner
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(actor, minibatch, config)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, actor)
+        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["learning_rate"] = optimizer_state.hyperparams["learning_rate"]
+        return (optax.apply_updates(actor, updates), optimizer_state), metrics
+
+    def ppo_round(learner, _):
+        return jax.lax.scan(update, learner, minibatches)
+
+    learner = (state.actor, state.optimizer_state)
+    learner, metrics = jax.lax.scan(ppo_round, learner, length=config.num_iterations)
+    metrics = {name: summarize(name, values) for name, values in metrics.items()}
+    metrics["accuracy"] = rewards.mean()
+    metrics["reward_std"] = rewards.std()
+    metrics["frac_reward_zero_std"] = all_equal(rewards).astype(jnp.float32)
+    return TrainState(*learner, state.reference, key), metrics
+
+
+def summarize(name, values):
+    """One number for many of the same metric: their mean; of ratio_max, the maximum."""
+    return values.max() if name == "ratio_max" else values.mean()
+
+
+# --- Evaluation -----------------------------------------------------------------------------
+
+
+@jax.jit
+def predict(actor, images):
+    """The likeliest answer to each image, and its probability: uint8 (N, 784) -> (N,), (N,)."""
+    policy = actor(images.astype(jnp.float32) / 255)
+    return policy.mode(), policy.probs_parameter().max(axis=-1)
+
+
+# --- Main loop ------------------------------------------------------------------------------
+
+
+def train(config: Config) -> list[dict[str, Any]]:
+    """Trains, printing and writing as it goes; returns the metrics of each epoch (see METRICS).
+
+    Raises UsageError before anything is written, RunError if the data or the numbers are wrong,
+    OSError if the disk fails.
+    """
+    began = time.perf_counter()
+    dataset = load_dataset(config.dataset, config.data_dir)
+    steps_per_epoch = len(dataset.train_images) // config.batch_size
+    if steps_per_epoch == 0:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {len(dataset.train_images)}"
+            f" training images of {dataset.name}; choose a smaller one"
+        )
+    output_dir = open_output_dir(config, dataset)
+    optimizer = create_optimizer(config, config.num_epochs * steps_per_epoch)
+    state = create_train_state(jax.random.key(config.seed), optimizer=optimizer, config=config)
+    announce(config, dataset, state, output_dir)
+    example = next(batches(dataset, config, epoch=1))
+    step = train_step.lower(state, *example, optimizer=optimizer, config=config).compile()
+    history = []
+    with progress_bar(config.num_epochs * steps_per_epoch) as advance:
+        for epoch in range(1, config.num_epochs + 1):
+            state = sync_reference(state, config, epoch)
+            state, metrics = train_epoch(step, state, batches(dataset, config, epoch), advance)
+            answers, confidences = jax.device_get(predict(state.actor, dataset.test_images))
+            metrics["epoch"] = epoch
+            metrics["test_accuracy"] = float(np.mean(answers == dataset.test_labels))
+            check_finite(metrics, state.actor)
+            history.append({name: metrics.get(name) for name in METRICS})
+            report_epoch(history, config, output_dir)
+    plot_curves(history, dataset, answers, confidences, output_dir)
+    report_end(history, dataset, state, time.perf_counter() - began, output_dir)
+    return history
+
+
+def train_epoch(step, state, epoch_batches, advance) -> tuple[TrainState, dict[str, float]]:
+    """Streams the batches through the step, calling advance after each.
+
+    The metrics are means over all updates of the epoch, ratio_max the maximum. Nothing waits for
+    the device before the last batch is on its way.
+    """
+    began = time.perf_counter()
+    step_metrics = []
+    num_images = 0
+    for images, labels in epoch_batches:
+        state, metrics = step(state, images, labels)
+        step_metrics.append(metrics)
+        num_images += len(images)
+        advance()
+    step_metrics = jax.device_get(step_metrics)
+    seconds = time.perf_counter() - began
+    by_name = jax.tree.map(lambda *values: np.stack(values), *step_metrics)
+    epoch_metrics = {name: float(summarize(name, values)) for name, values in by_name.items()}
+    return state, epoch_metrics | {"seconds": seconds, "images_per_second": num_images / seconds}
+
+
+def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """Adam; the learning rate stays, or falls to 0 along a cosine over the run's updates."""
+    learning_rate = config.learning_rate
+    if config.lr_schedule == "cosine":
+        num_updates = num_steps * config.num_iterations * config.num_minibatches
+        learning_rate = optax.cosine_decay_schedule(learning_rate, num_updates)
+    return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
+
+
+def sync_reference(state: TrainState, config: Config, epoch: int) -> TrainState:
+    """Makes the reference the current actor, where the epoch is one for it."""
+    if config.ref_sync_epochs == 0 or epoch == 1 or (epoch - 1) % config.ref_sync_epochs:
+        return state
+    return state._replace(reference=jax.tree.map(jnp.copy, state.actor))
+
+
+def check_finite(metrics: dict[str, Any], actor: Actor) -> None:
+    """Raises RunError, naming the epoch and the quantity, if a number is no longer one."""
+    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if not all(np.isfinite(parameter).all() for parameter in jax.tree.leaves(actor)):
+        wrong.append("the actor's parameters")
+    if wrong:
+        raise RunError(
+            f"epoch {metrics['epoch']}: not finite: {', '.join(wrong)}; what earlier epochs wrote"
+            " stays; try a smaller --learning-rate"
+        )
+
+
+# --- Reporting ------------------------------------------------------------------------------
+
+METRICS = (
+    "epoch",  # 1 is the first
+    "accuracy",  # share of the sampled answers that were right: the mean reward
+    "test_accuracy",  # share of the test images whose likeliest answer is right
+    "seconds",  # of training alone
+    "images_per_second",
+    "loss",  # near 0 by construction, whatever the actor knows
+    "reward_std",
+    "frac_reward_zero_std",  # share of the groups without a signal: their rewards are all equal
+    "entropy",  # of the policy, in nats; ln 10 = 2.3 is pure guessing
+    "kl",  # from the reference, in nats; null while beta is 0, and there is none
+    "ratio_max",  # the largest pi / pi_old
+    "clip_ratio_low",  # share of answers held back at 1 - epsilon: worse than their group
+    "clip_ratio_high",  # share of answers held back at 1 + epsilon: better than their group
+    "grad_norm",
+    "learning_rate",
+)
+
+
+def open_output_dir(config: Config, dataset: Dataset) -> Path:
+    """Creates the run's directory with its config.json; UsageError if it cannot or must not."""
+    default_name = f"{dataset.name}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    output_dir = config.output_dir or Path("runs", default_name)
+    for name in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints"):
+        if os.path.lexists(output_dir / name):
+            raise UsageError(f"--output-dir {output_dir} holds a run ({name}); name a new one")
+    facts = {"versions": library_versions(), "device": describe_devices()}
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise UsageError(
+            f"--output-dir {output_dir} cannot be written ({error.strerror}); name another"
+        ) from error
+    write_json(output_dir / "config.json", dataclasses.asdict(config) | facts)
+    return output_dir
+
+
+def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Path) -> None:
+    """Says what is about to happen, before the first long wait."""
+    num_images = len(dataset.train_images)
+    steps, left_over = divmod(num_images, config.batch_size)
+    num_parameters = sum(parameter.size for parameter in jax.tree.leaves(state.actor))
+    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
+    say(f"Starting GRPO on {dataset.name} training...")
+    say(f"Device: {describe_devices()}; {versions}")
+    say(f"Actor: {num_parameters:,} parameters; critic: none")
+    say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
+    say(
+        f"Epoch: {steps} steps of {config.batch_size} images; {left_over} left over, others each time"
+    )
+    say(f"Output: {output_dir}")
+
+
+def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path) -> None:
+    """Prints the last epoch's line and brings metrics.jsonl up to date."""
+    lines = [json.dumps(metrics) + "\n" for metrics in history]
+    write_file(output_dir / "metrics.jsonl", "".join(lines).encode())
+    last = history[-1]
+    say(
+        f"Epoch {last['epoch']}/{config.num_epochs}, Accuracy: {last['accuracy']:.2%},"
+        f" test {last['test_accuracy']:.2%}, {last['seconds']:.2f} s,"
+        f" {last['images_per_second']:,.0f} images/s"
+    )
+
+
+def report_end(history, dataset, state, seconds: float, output_dir: Path) -> None:
+    """Writes summary.json and prints the closing lines; seconds are those of the whole run."""
+    last = history[-1]
+    summary = {"dataset": dataset.name, "num_epochs": last["epoch"]}
+    summary |= {"accuracy": last["accuracy"], "test_accuracy": last["test_accuracy"]}
+    summary |= {"seconds": seconds, "training_state_bytes": training_state_bytes(state)}
+    summary["params_sha256"] = params_sha256(state.actor)
+    write_json(output_dir / "summary.json", summary)
+    say("--- Training completed! ---")
+    say(
+        f"Accuracy {last['accuracy']:.2%}, test accuracy {last['test_accuracy']:.2%}"
+        f" after {last['epoch']} epochs and {seconds:.1f} s"
+    )
+    say(f"params_sha256: {summary['params_sha256']}")
+    say(f"Learning curve: {output_dir / 'curves.png'}")
+
+
+def plot_curves(history, dataset, answers, confidences, output_dir: Path) -> None:
+    """Draws curves.png: accuracy by epoch; twelve wrong test answers, from sure to doubtful."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    axes = left.subplots()
+    for name, style, label in (
+        ("accuracy", "o-", "training images, sampled answers"),
+        ("test_accuracy", "s--", "test images, likeliest answer"),
+    ):
+        percent = [100 * metrics[name] for metrics in history]
+        axes.plot([metrics["epoch"] for metrics in history], percent, style, label=label)
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"GRPO on {dataset.name}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    wrong = np.flatnonzero(answers != dataset.test_labels)
+    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
+    shown = wrong[:: max(1, -(-len(wrong) // 12))]
+    right.suptitle(f"{len(wrong):,} of {len(answers):,} test digits wrong; some, surest first")
+    for axes, index in itertools.zip_longest(right.subplots(3, 4).flat, shown):
+        axes.axis("off")
+        if index is not None:
+            axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
+            truth, answer = dataset.test_labels[index], answers[index]
+            axes.set_title(f"{truth}: said {answer}, {confidences[index]:.0%}", fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_file(output_dir / "curves.png", picture.getvalue())
+
+
+def training_state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes that training keeps: weights, their gradients, Adam's moments, the reference."""
+    weights, adam, reference = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(part))
+        for part in (state.actor, state.optimizer_state, state.reference)
+    )
+    parts = {"weights": weights, "gradients": weights, "adam": adam, "reference": reference}
+    return parts | {"total": sum(parts.values())}
+
+
+def params_sha256(actor: Actor) -> str:
+    """SHA-256 over the bytes of the parameters, in the order of their names."""
+    parameters = jax.device_get(jax.tree.leaves(actor))
+    return hashlib.sha256(b"".join(x.tobytes() for x in parameters)).hexdigest()
+
+
+@contextlib.contextmanager
+def progress_bar(num_steps: int) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each step; draws on a terminal, and nothing into a pipe."""
+    columns = TextColumn("Training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    piped = not sys.stdout.isatty()
+    with Progress(*columns, transient=True, refresh_per_second=4, disable=piped) as progress:
+        task = progress.add_task("", total=num_steps)
+        yield lambda: progress.advance(task)
+
+
+def library_versions() -> dict[str, str]:
+    names = ("jax", "flax", "optax", "tfp-nightly", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def describe_devices() -> str:
+    """Such as "1 x cpu"; UsageError if the environment names a platform that JAX cannot use."""
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise UsageError(
+            f"JAX_PLATFORMS: {first_line(error)}; unset it or install that JAX"
+        ) from error
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_file(path, json.dumps(value, indent=2, default=str).encode() + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: under another name first, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; make room, run again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+# --- main: flags in, exit status out --------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """A signal, whose number is the argument, asked the run to stop."""
+
+
+def interrupt(signal_number: int, frame: Any) -> None:
+    raise Interrupted(signal_number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program. 0: done, 1: failed, 2: asked for wrongly, 130: Ctrl-C, 143: SIGTERM."""
+    handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(parse_flags(argv))
+        return 0
+    except UsageError as error:
+        return complain(error, status=2)
+    except BrokenPipeError as error:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return complain(error, status=1)
+    except (RunError, OSError) as error:
+        return complain(error, status=1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        return complain(f"{first_line(error)}; a smaller --batch-size needs less memory", status=1)
+    except Interrupted as interruption:
+        (number,) = interruption.args
+        return complain(f"stopped by {signal.Signals(number).name}", status=128 + number)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def parse_flags(argv: list[str] | None) -> Config:
+    """Flags to Config. tyro explains a mistake in a box; this raises its first sentence."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Config, args=argv, description=first_line(__doc__))
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+    lines = (line.strip("| \u2502") for line in box.getvalue().splitlines()[1:])
+    sentence = " ".join(itertools.takewhile(lambda line: line.strip("-\u2500"), lines))
+    raise UsageError(sentence.removeprefix("Error parsing Config: ") + " (see --help)")
+
+
+def complain(error: object, status: int) -> int:
+    """Prints one line on standard error and hands the exit status through."""
+    print(f"grpo_mnist.py: {first_line(error)}", file=sys.stderr, flush=True)
+    return status
+
+
+def first_line(error: object) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
