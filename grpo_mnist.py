@@ -517,7 +517,7 @@ def train_step(state, images, labels, *, optimizer, config):
         actor, optimizer_state = learner
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(actor, minibatch, config)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, actor)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = optimizer_state.hyperparams["learning_rate"]
         return (optax.apply_updates(actor, updates), optimizer_state), metrics
 
@@ -686,9 +686,7 @@ def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Pa
     say(f"Device: {describe_devices()}; {versions}")
     say(f"Actor: {num_parameters:,} parameters; critic: none")
     say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
-    say(
-        f"Epoch: {steps} steps of {config.batch_size} images; {left_over} left over, others each time"
-    )
+    say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
     say(f"Output: {output_dir}")
 
 

@@ -1,0 +1,120 @@
+"""What the tests share: real data where there is some, real processes, nothing of the user's."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import grpo_mnist
+
+settings.register_profile("no deadline", deadline=None)  # a first call compiles
+settings.load_profile("no deadline")
+
+ROOT = Path(grpo_mnist.__file__).parent
+SHARED_MNIST = ROOT.parent / "shared" / "mnist"
+MNIST_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    """An empty working directory, an empty data directory, and no way to the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no-data"))
+    with socket.create_server(("127.0.0.1", 0)) as closed_at_once:
+        port = closed_at_once.getsockname()[1]
+    set_proxy(monkeypatch, port)
+
+
+def set_proxy(monkeypatch, port):
+    """Sends every request of this process, and of those it starts, to a port of this machine."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory):
+    """A data directory with links to the four MNIST files where a user would put them."""
+    if not all((SHARED_MNIST / name).is_file() for name in MNIST_FILES):
+        pytest.skip(f"needs the MNIST files in {SHARED_MNIST}")
+    manual = tmp_path_factory.mktemp("data") / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    for name in MNIST_FILES:
+        (manual / name).symlink_to(SHARED_MNIST / name)
+    return manual.parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return grpo_mnist.load_dataset("digits", Path("unused"))
+
+
+@pytest.fixture(scope="session")
+def mnist(mnist_dir):
+    return grpo_mnist.load_dataset("mnist", mnist_dir)
+
+
+@pytest.fixture(scope="session")
+def dataset(request):
+    """Real data of some kind: MNIST where its files are, else digits."""
+    return request.getfixturevalue("mnist" if SHARED_MNIST.is_dir() else "digits")
+
+
+def start_program(*flags, **options):
+    """Starts `python grpo_mnist.py flags` as a user would, with its output in pipes."""
+    command = [sys.executable, str(ROOT / "grpo_mnist.py"), *map(str, flags)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def run_program(*flags, **options):
+    """Runs the program to its end; returns (exit status, standard output, standard error)."""
+    with start_program(*flags, **options) as process:
+        output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def assert_one_line_error(errors, *words):
+    """One line on standard error that holds the words, and no traceback."""
+    assert len(errors.splitlines()) == 1, errors
+    assert errors.startswith("grpo_mnist.py: ")
+    assert "Traceback" not in errors
+    for word in words:
+        assert word in errors
+
+
+def tree(directory):
+    """Every file and directory below, to see what a run left behind."""
+    return sorted(str(path.relative_to(directory)) for path in Path(directory).rglob("*"))
+
+
+def train_in_memory(dataset, config):
+    """The main loop's own functions, without the printing and the files."""
+    steps = len(dataset.train_images) // config.batch_size
+    optimizer = grpo_mnist.create_optimizer(config, config.num_epochs * steps)
+    key = jax.random.key(config.seed)
+    state = grpo_mnist.create_train_state(key, optimizer=optimizer, config=config)
+
+    def step(state, images, labels):
+        return grpo_mnist.train_step(state, images, labels, optimizer=optimizer, config=config)
+
+    history = []
+    for epoch in range(1, config.num_epochs + 1):
+        batches = grpo_mnist.batches(dataset, config, epoch)
+        state, metrics = grpo_mnist.train_epoch(step, state, batches, lambda: None)
+        answers, _ = grpo_mnist.predict(state.actor, dataset.test_images)
+        metrics["test_accuracy"] = np.mean(answers == dataset.test_labels)
+        history.append(metrics)
+    return history

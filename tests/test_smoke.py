@@ -1,0 +1,40 @@
+"""The first thing to run: does it work here at all? About 15 seconds."""
+
+import json
+
+from conftest import run_program, train_in_memory, tree
+
+import grpo_mnist
+from grpo_mnist import Config
+
+
+def test_the_program_trains_and_writes_its_files(tmp_path):
+    status, output, errors = run_program(
+        "--dataset=digits", "--num-epochs=2", "--batch-size=4096", "--output-dir=run"
+    )
+    assert (status, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0] == "Starting GRPO on digits training..."
+    assert "--- Training completed! ---" in lines
+    epochs = [line for line in lines if line.startswith("Epoch ")]
+    assert [line.split(", ")[0] for line in epochs] == ["Epoch 1/2", "Epoch 2/2"]
+    files = ["config.json", "curves.png", "metrics.jsonl", "summary.json"]
+    assert tree(tmp_path) == ["run", *(f"run/{name}" for name in files)]
+
+    written = (tmp_path / "run/metrics.jsonl").read_text()
+    metrics = [json.loads(line) for line in written.splitlines()]
+    assert [list(epoch) for epoch in metrics] == [list(grpo_mnist.METRICS)] * 2
+    for line, epoch in zip(epochs, metrics, strict=True):
+        assert f"Accuracy: {100 * epoch['accuracy']:.2f}%" in line
+    assert metrics[1]["accuracy"] > metrics[0]["accuracy"] > 0.2
+
+
+def test_a_tiny_subset_is_learned(digits):
+    """512 images, 60 passes: the answers become right, from right/wrong alone."""
+    config = Config(batch_size=128, num_epochs=60)
+    tiny = digits._replace(
+        train_images=digits.train_images[:512], train_labels=digits.train_labels[:512]
+    )
+    history = train_in_memory(tiny, config)
+    assert history[0]["accuracy"] < 0.5
+    assert history[-1]["accuracy"] > 0.95
