@@ -260,7 +260,7 @@ def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: P
         )
 
 
-def why_unreachable(url: str, seconds: float = 8.0) -> str | None:
+def why_unreachable(url: str, seconds: float = 6.0) -> str | None:
     """None if the server answers in time, else the reason in a few words.
 
     Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in
@@ -783,12 +783,13 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_devices() -> str:
-    """Such as "1 x cpu"; UsageError if the environment names a platform that JAX cannot use."""
+    """Such as "1 x cpu"; UsageError if the environment asks for a device that is not there."""
     try:
         devices = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
         raise UsageError(
-            f"JAX_PLATFORMS: {first_line(error)}; unset it or install that JAX"
+            f"JAX finds no device with JAX_PLATFORMS={platforms}; unset it, or install JAX for it"
         ) from error
     return f"{len(devices)} x {devices[0].device_kind}"
 

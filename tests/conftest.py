@@ -71,9 +71,9 @@ def dataset(request):
     return request.getfixturevalue("mnist" if SHARED_MNIST.is_dir() else "digits")
 
 
-def start_program(*flags, **options):
+def start_program(*flags, prefix=(), **options):
     """Starts `python grpo_mnist.py flags` as a user would, with its output in pipes."""
-    command = [sys.executable, str(ROOT / "grpo_mnist.py"), *map(str, flags)]
+    command = [*prefix, sys.executable, str(ROOT / "grpo_mnist.py"), *map(str, flags)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

@@ -1,0 +1,227 @@
+"""What the program says and leaves behind when it is asked wrongly, fails, or is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_one_line_error, run_program, start_program, tree
+
+from grpo_mnist import Config, UsageError, main
+
+DIGITS = ("--dataset=digits", "--num-epochs=1")
+
+BAD_INPUT = [
+    # unknown
+    (["--lr", "3"], "--lr"),
+    (["--learning-rat", "0.1"], "--learning-rat"),
+    (["--num_epoch", "3"], "--num"),
+    (["stray"], "stray"),
+    (["-x"], "-x"),
+    (["--resume", "runs/1"], "--resume"),  # not there yet
+    # without a value, or with too many
+    (["--num-epochs"], "--num-epochs"),
+    (["--dataset"], "--dataset"),
+    (["--seed", "1", "2"], "2"),
+    # mistyped
+    (["--num-epochs", "ten"], "--num-epochs"),
+    (["--num-epochs", "1.5"], "--num-epochs"),
+    (["--num-epochs", ""], "--num-epochs"),
+    (["--batch-size", "1e3"], "--batch-size"),
+    (["--batch-size", "None"], "--batch-size"),
+    (["--seed", "0x10"], "--seed"),
+    (["--learning-rate", "fast"], "--learning-rate"),
+    (["--learning-rate", "1,5"], "--learning-rate"),
+    (["--clip-epsilon-high", "auto"], "--clip-epsilon-high"),
+    # not a choice
+    (["--dataset", "imagenet"], "--dataset"),
+    (["--dataset", "MNIST"], "--dataset"),
+    (["--lr-schedule", "linear"], "--lr-schedule"),
+    (["--baseline", "mean"], "--baseline"),
+    (["--scale-rewards", "std"], "--scale-rewards"),
+    (["--kl-estimator", "k2"], "--kl-estimator"),
+    # not finite
+    (["--learning-rate", "nan"], "--learning-rate"),
+    (["--learning-rate", "inf"], "--learning-rate"),
+    (["--clip-epsilon", "nan"], "--clip-epsilon"),
+    (["--clip-epsilon-high", "inf"], "--clip-epsilon-high"),
+    (["--entropy-coef", "-inf"], "--entropy-coef"),
+    (["--beta", "nan"], "--beta"),
+    # out of range
+    (["--num-epochs", "0"], "--num-epochs 0 must be 1 or more"),
+    (["--num-epochs=-1"], "--num-epochs -1"),
+    (["--batch-size", "0"], "--batch-size 0"),
+    (["--num-generations", "0"], "--num-generations 0"),
+    (["--num-iterations", "0"], "--num-iterations 0"),
+    (["--num-minibatches", "0"], "--num-minibatches 0"),
+    (["--learning-rate", "0"], "--learning-rate 0.0 must be above 0"),
+    (["--learning-rate=-0.1"], "--learning-rate -0.1"),
+    (["--clip-epsilon", "0"], "--clip-epsilon 0.0"),
+    (["--clip-epsilon", "1"], "--clip-epsilon 1.0"),
+    (["--clip-epsilon-high", "0"], "--clip-epsilon-high 0.0"),
+    (["--entropy-coef=-1"], "--entropy-coef -1.0"),
+    (["--beta=-0.1"], "--beta -0.1"),
+    (["--ref-sync-epochs=-1"], "--ref-sync-epochs -1"),
+    (["--seed=-1"], "--seed -1"),
+    (["--seed=4294967296"], "--seed 4294967296"),
+    # not together
+    (["--batch-size=100", "--num-minibatches=3"], "--batch-size 100"),
+    (["--batch-size=4", "--num-minibatches=8"], "--num-minibatches 8"),
+    (["--kl-estimator=k3"], "--beta is 0"),
+    (["--ref-sync-epochs=2"], "--beta is 0"),
+    (["--batch-size=40000"], "--batch-size 40000 is more than the 35925 training images of digits"),
+    # directories
+    (["--output-dir=a-file"], "--output-dir a-file cannot be written"),
+    (["--output-dir=a-file/below"], "--output-dir a-file/below cannot be written"),
+    (["--output-dir=old-run"], "--output-dir old-run holds a run"),
+    (["--output-dir=half-run"], "--output-dir half-run holds a run"),
+    (["--output-dir=/proc/run"], "--output-dir /proc/run cannot be written"),
+    (["--dataset=mnist", "--data-dir=a-file"], "--data-dir a-file is not a directory"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=[" ".join(f) for f, _ in BAD_INPUT])
+def test_bad_input_is_refused_in_one_line(flags, words, tmp_path, capfd):
+    (tmp_path / "a-file").write_text("mine")
+    (tmp_path / "old-run").mkdir()
+    (tmp_path / "old-run" / "config.json").write_text("{}")
+    (tmp_path / "half-run").mkdir()
+    (tmp_path / "half-run" / "metrics.jsonl").write_text("")
+    before = tree(tmp_path)
+    assert main([*DIGITS, *flags]) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert_one_line_error(errors, words)
+    assert tree(tmp_path) == before
+    assert (tmp_path / "a-file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"),
+    [
+        (["--num-epochs=0"], {}),
+        (["--unknown"], {"COLUMNS": "40"}),
+        (["--dataset=digits"], {"JAX_PLATFORMS": "cuda"}),
+        (["--dataset=digits"], {"JAX_PLATFORMS": "abacus"}),
+    ],
+)
+def test_bad_input_to_the_real_program(flags, environment, tmp_path):
+    status, output, errors = run_program(*flags, env=os.environ | environment)
+    assert (status, output) == (2, "")
+    assert_one_line_error(errors, *environment.get("JAX_PLATFORMS", "").split())
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_epochs": "3"},
+        {"num_epochs": 3.0},
+        {"num_epochs": True},
+        {"num_epochs": None},
+        {"learning_rate": "0.1"},
+        {"learning_rate": float("inf")},
+        {"baseline": "mean"},
+        {"baseline": None},
+        {"data_dir": 3},
+        {"output_dir": 3},
+        {"clip_epsilon_high": "0.3"},
+    ],
+    ids=str,
+)
+def test_a_config_is_checked_on_construction(wrong):
+    (name,) = wrong
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        Config(**wrong)
+
+
+def test_a_config_takes_what_python_would():
+    config = Config(learning_rate=1, output_dir="~/runs", clip_epsilon_high=None)
+    assert config.output_dir.name == "runs"
+    assert config.output_dir.is_absolute()
+    assert config.upper_clip_epsilon == 0.2
+    assert Config(clip_epsilon_high=0.3).upper_clip_epsilon == 0.3
+
+
+def test_data_dir_follows_tensorflow_datasets(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert Config().data_dir == tmp_path
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    assert Config().data_dir.parts[-1] == "tensorflow_datasets"
+    assert Config().data_dir.is_absolute()
+
+
+def test_help_explains_every_flag(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capfd.readouterr().out
+    for name in Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_importing_the_file_does_nothing(tmp_path):
+    code = "import grpo_mnist, signal; print(signal.getsignal(signal.SIGTERM), end='')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0", "")
+    assert tree(tmp_path) == []
+
+
+# --- What goes wrong on the way ---
+
+
+def test_numbers_that_run_away_stop_the_run(tmp_path, capfd):
+    """A learning rate that no float32 survives: the epoch and the quantity are named."""
+    assert main([*DIGITS, "--batch-size=8192", "--learning-rate=1e38", "--output-dir=run"]) == 1
+    output, errors = capfd.readouterr()
+    assert "completed" not in output
+    assert_one_line_error(errors, "epoch 1: not finite: ", "parameters", "--learning-rate")
+    assert tree(tmp_path) == ["run", "run/config.json"]
+
+
+def test_a_full_disk(tmp_path):
+    """No file may grow beyond 2,048 bytes: config.json fits, metrics.jsonl after a while not."""
+    flags = ("--dataset=digits", "--num-epochs=9", "--batch-size=16384", "--output-dir=run")
+    limited = ["sh", "-c", 'ulimit -f 4 && exec "$@"', "sh"]
+    status, output, errors = run_program(*flags, prefix=limited)
+    assert status == 1
+    assert "completed" not in output
+    assert_one_line_error(errors, "run/metrics.jsonl cannot be written: File too large")
+    assert tree(tmp_path) == ["run", "run/config.json", "run/metrics.jsonl"]
+    written = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in written] == list(range(1, len(written) + 1))
+    assert len(written) >= 3
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_the_run(name, tmp_path):
+    number = signal.Signals[name]
+    flags = ("--dataset=digits", "--num-epochs=1000", "--output-dir=run")
+    with start_program(*flags) as process:
+        for line in process.stdout:
+            if line.startswith("Epoch 1/"):
+                break
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert_one_line_error(errors, f"stopped by {name}")
+    assert tree(tmp_path) == ["run", "run/config.json", "run/metrics.jsonl"]
+
+
+def test_a_reader_that_leaves(tmp_path):
+    """`python grpo_mnist.py | head -1` ends without a traceback."""
+    with start_program("--dataset=digits", "--num-epochs=1000") as process:
+        assert process.stdout.readline().startswith("Starting GRPO")
+        process.stdout.close()
+        began = time.monotonic()
+        errors = process.stderr.read()
+        process.wait(timeout=30)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 1
+    assert_one_line_error(errors, "Broken pipe")

@@ -1,0 +1,334 @@
+"""The data: what is read, what is refused, and what happens with a network and without."""
+
+import gzip
+import http.server
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import MNIST_FILES, SHARED_MNIST, assert_one_line_error, set_proxy, tree
+
+import grpo_mnist
+from grpo_mnist import Config, DataUnavailable, load_dataset, main
+
+# --- What is read ---
+
+
+def test_mnist_is_mnist(mnist):
+    assert mnist.train_images.shape == (60_000, 784)
+    assert mnist.test_images.shape == (10_000, 784)
+    assert mnist.train_images.dtype == mnist.test_images.dtype == np.uint8
+    assert mnist.train_labels.dtype == mnist.test_labels.dtype == np.int32
+    # As published: counts of the digits 0 to 9, and the first labels.
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(mnist.train_labels).tolist() == counts
+    counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.bincount(mnist.test_labels).tolist() == counts
+    assert mnist.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_pixels_against_a_reader_of_bytes(mnist):
+    with gzip.open(SHARED_MNIST / "t10k-images-idx3-ubyte.gz") as file:
+        assert file.read(16).hex() == "0000080300002710" + "0000001c" * 2
+        for image in mnist.test_images[:100]:
+            assert file.read(784) == image.tobytes()
+
+
+def test_digits_in_all_their_shifts(digits):
+    assert digits.train_images.shape == (35_925, 784)
+    assert digits.test_images.shape == (360, 784)
+    assert digits.train_images.dtype == np.uint8
+    assert digits.train_images.max() == 255
+    assert np.bincount(digits.test_labels, minlength=10).min() > 30
+    shifts = digits.train_images.reshape(25, 1437, 28, 28)
+    for shifted, (down, right) in zip(shifts, np.ndindex(5, 5), strict=True):
+        inner = shifted[:, down : down + 24, right : right + 24]
+        np.testing.assert_array_equal(inner, shifts[12][:, 2:26, 2:26])  # the middle one
+        assert shifted.sum() == inner.sum()  # nothing beside it, nothing cut off
+    assert len(np.unique(digits.train_images, axis=0)) > 35_000
+
+
+def test_an_epoch_uses_every_image_at_most_once(dataset):
+    """And its batches are full; what is left over changes; the order is that of (seed, epoch)."""
+    count = len(dataset.train_images)
+    numbered = dataset._replace(train_labels=np.arange(count))
+    left_over = []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1)):
+        chosen = []
+        for images, numbers in grpo_mnist.batches(numbered, Config(seed=seed), epoch):
+            assert images.shape == (1024, 784)
+            np.testing.assert_array_equal(images, dataset.train_images[numbers])
+            chosen.extend(numbers)
+        assert len(chosen) == len(set(chosen)) == count - count % 1024
+        left_over.append(frozenset(range(count)) - set(chosen))
+    assert len(set(left_over)) == 3
+    again = [numbers for _, numbers in grpo_mnist.batches(numbered, Config(seed=1), 1)]
+    np.testing.assert_array_equal(np.concatenate(again), chosen)
+
+
+# --- What is refused ---
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, _ = MNIST_FILES
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path):
+    other = path.with_name(TEST_IMAGES)
+    path.rename(path.with_name("aside"))
+    other.rename(path)
+    path.with_name("aside").rename(other)
+
+
+def put_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+FAULTS = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "cut to its header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "swapped": swap,
+    "a flipped bit": flip_a_bit,
+    "HTML": lambda path: path.write_text("<html>403 Forbidden</html>"),
+    "not packed": lambda path: path.write_bytes(gzip.decompress(path.read_bytes())),
+    "not IDX": lambda path: path.write_bytes(gzip.compress(b"hello")),
+    "packed anew": lambda path: path.write_bytes(
+        gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1)
+    ),
+    "labels as images": lambda path: shutil.copy(path.with_name(TRAIN_LABELS), path),
+    "a directory": put_directory,
+}
+
+
+@pytest.fixture
+def copied_mnist(mnist_dir, tmp_path):
+    """A data directory of our own to damage."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(mnist_dir, data_dir)
+    return data_dir
+
+
+@pytest.mark.parametrize("dataset_flag", ["mnist", "auto"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_is_named_and_not_trained_on(
+    fault, dataset_flag, copied_mnist, tmp_path, capfd
+):
+    manual = copied_mnist / "downloads" / "manual"
+    FAULTS[fault](manual / TRAIN_IMAGES)
+    before = tree(tmp_path)
+    assert main([f"--data-dir={copied_mnist}", f"--dataset={dataset_flag}"]) == 1
+    output, errors = capfd.readouterr()
+    assert output == ""
+    named, expected = {
+        True: (TEST_IMAGES, "expected 1,648,877 bytes with SHA-256 8d422c7b0a1c1c79"),
+        False: (TRAIN_IMAGES, "expected 9,912,422 bytes with SHA-256 440fcabf73cc546f"),
+    }[fault == "swapped"]  # test images are read first
+    words = (f"{manual / named} is not the file", expected, "found: ", "remove it", "https://")
+    assert_one_line_error(errors, *words)
+    assert tree(tmp_path) == before
+
+
+def test_files_that_are_missing_are_named(copied_mnist, tmp_path, capfd):
+    manual = copied_mnist / "downloads" / "manual"
+    (manual / TEST_IMAGES).unlink()
+    before = tree(tmp_path)
+    assert main([f"--data-dir={copied_mnist}", "--dataset=mnist"]) == 1
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert_one_line_error(errors, f"fetch {TEST_IMAGES} from https://", f"into {manual}")
+    assert TRAIN_IMAGES not in errors
+    assert tree(tmp_path) == before
+
+
+# --- Without a network ---
+
+
+@pytest.fixture
+def silent_network(monkeypatch):
+    """A server that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        set_proxy(monkeypatch, server.getsockname()[1])
+        yield
+
+
+@pytest.fixture
+def full_network(monkeypatch):
+    """A server that swallows packets: its queue is full, so connecting to it never ends."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        address = server.getsockname()
+        with socket.create_connection(address), socket.socket() as second:
+            second.setblocking(False)
+            second.connect_ex(address)
+            set_proxy(monkeypatch, address[1])
+            yield
+
+
+@pytest.mark.parametrize("network", ["refused", "silent_network", "full_network"])
+def test_without_a_network_the_decision_falls_within_10_seconds(network, request, tmp_path, capfd):
+    if network != "refused":
+        request.getfixturevalue(network)
+    began = time.monotonic()
+    with pytest.raises(DataUnavailable) as unavailable:
+        load_dataset("mnist", tmp_path)
+    assert time.monotonic() - began < 10
+    assert f"put them into {tmp_path / 'downloads' / 'manual'}" in str(unavailable.value)
+    assert "\n" not in str(unavailable.value)
+    assert capfd.readouterr() == ("", "")
+    assert tree(tmp_path) == []
+
+
+def test_auto_goes_on_with_digits_and_says_so(tmp_path, capfd, digits):
+    dataset = load_dataset("auto", tmp_path)
+    assert dataset.name == "digits"
+    np.testing.assert_array_equal(dataset.train_images, digits.train_images)
+    notice = capfd.readouterr().out
+    assert "NOTICE: mnist cannot be had" in notice
+    assert f"into {tmp_path / 'downloads' / 'manual'}" in notice
+    assert "digits INSTEAD OF MNIST" in notice
+
+
+def test_an_explicit_mnist_stops(tmp_path, capfd):
+    assert main(["--dataset=mnist", "--data-dir=data"]) == 1
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert_one_line_error(errors, "mnist cannot be had", "data/downloads/manual", TRAIN_LABELS)
+    assert tree(tmp_path) == []
+
+
+# --- With a network, as far as one machine goes ---
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Plays the internet to whoever has it for a proxy: a status, and files by their names."""
+
+    status = 200
+    files = None  # a directory, or else the bytes that stand for every file
+    cut = 0  # bytes that are promised and not sent
+    tls = None
+
+    def do_CONNECT(self):
+        self.send_response(200)
+        self.end_headers()
+        with self.tls.wrap_socket(self.connection, server_side=True) as self.connection:
+            self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb")
+            self.handle_one_request()
+        self.close_connection = True
+
+    def do_GET(self):
+        name = self.path.rsplit("/", 1)[-1]
+        content = (
+            (self.files / name).read_bytes() if hasattr(self.files, "joinpath") else self.files
+        )
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(content) + self.cut))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+            self.wfile.flush()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def internet(monkeypatch):
+    """Starts a Proxy with the given attributes; returns the names of what was asked for."""
+    servers = []
+
+    def start(**attributes):
+        asked = []
+
+        class ThisProxy(Proxy):
+            def log_request(self, *_):
+                asked.append(f"{self.command} {self.path}")
+
+        for name, value in attributes.items():
+            setattr(ThisProxy, name, value)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ThisProxy)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        set_proxy(monkeypatch, server.server_port)
+        return asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_server_that_says_no_is_quoted(status, internet, tmp_path):
+    internet(status=status, files=b"")
+    began = time.monotonic()
+    with pytest.raises(DataUnavailable, match=f"HTTP status {status} from http://"):
+        load_dataset("kmnist", tmp_path)
+    assert time.monotonic() - began < 10
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", [0, 1000])
+def test_a_download_of_something_else_leaves_nothing_behind(cut, internet, tmp_path):
+    """A login page in place of the file; a connection that breaks off."""
+    internet(files=b"<html>Please log in</html>", cut=cut)
+    with pytest.raises(DataUnavailable, match="kmnist cannot be had"):
+        load_dataset("kmnist", tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def tls(tmp_path_factory, monkeypatch):
+    """A certificate for the address of MNIST, and a client that trusts it."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate for the loopback server")
+    directory = tmp_path_factory.mktemp("tls")
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext"
+    names = "subjectAltName=DNS:storage.googleapis.com"
+    subprocess.run(
+        [*command.split(), names, "-out", certificate, "-keyout", key],
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+def test_mnist_is_downloaded_once_verified_and_kept(mnist, internet, tls, tmp_path, monkeypatch):
+    """The real download code, from tensorflow-datasets to TLS, against a server of this machine."""
+    asked = internet(files=SHARED_MNIST, tls=tls)
+    dataset = load_dataset("mnist", tmp_path)
+    np.testing.assert_array_equal(dataset.train_images, mnist.train_images)
+    np.testing.assert_array_equal(dataset.test_labels, mnist.test_labels)
+    assert sorted(request for request in asked if request.startswith("GET")) == sorted(
+        f"GET /cvdf-datasets/mnist/{name}" for name in MNIST_FILES
+    )
+    kept = tree(tmp_path / "downloads" / "mnist")
+    assert [name.rsplit(".", 1)[-1] for name in kept] == ["gz", "INFO"] * 4
+    assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == ["mnist"]
+
+    asked.clear()
+    load_dataset("mnist", tmp_path)
+    assert asked == []
+
+    cached = next((tmp_path / "downloads" / "mnist").glob("*train-images*.gz"))
+    cached.write_bytes(b"garbage under the right name")
+    with pytest.raises(grpo_mnist.RunError, match=f"{cached.name} is not the file"):
+        load_dataset("mnist", tmp_path)
+    cached.unlink()
+    load_dataset("mnist", tmp_path)
+    assert [request.split("/")[-1] for request in asked if "GET" in request] == [TRAIN_IMAGES]
