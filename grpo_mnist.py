@@ -260,7 +260,7 @@ def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: P
         )
 
 
-def why_unreachable(url: str, seconds: float = 6.0) -> str | None:
+def why_unreachable(url: str, seconds: float = 5.0) -> str | None:
     """None if the server answers in time, else the reason in a few words.
 
     Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in

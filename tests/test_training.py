@@ -1,10 +1,12 @@
 """Whole runs: that they learn what there is to learn, count right, and repeat themselves."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_program, train_in_memory
+from conftest import ROOT, run_program, start_program, train_in_memory
 
 import grpo_mnist
 from grpo_mnist import Config
@@ -18,8 +20,6 @@ def test_shuffled_labels_teach_nothing(dataset):
     for metrics in history:
         assert 0.08 < metrics["accuracy"] < 0.125
         assert 0.03 < metrics["test_accuracy"] < 0.2
-    history = train_in_memory(dataset, Config(num_epochs=2))
-    assert history[1]["accuracy"] > 0.85
 
 
 def test_the_documented_command_reaches_what_it_promises(mnist_dir, tmp_path):
@@ -69,10 +69,14 @@ def test_evaluation_counts_every_test_image(digits):
 def test_the_same_seed_gives_the_same_parameters(tmp_path):
     """Two processes with one seed agree to the last bit; another seed does not."""
     hashes, metrics = [], []
-    for run, seed in enumerate((3, 3, 4)):
-        flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=4096", f"--seed={seed}")
-        status, _, errors = run_program(*flags, f"--output-dir={run}")
-        assert (status, errors) == (0, "")
+    flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=4096")
+    processes = [
+        start_program(*flags, f"--seed={seed}", f"--output-dir={run}")
+        for run, seed in enumerate((3, 3, 4))
+    ]
+    for run, process in enumerate(processes):
+        _, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (0, "")
         hashes.append(json.loads((tmp_path / f"{run}/summary.json").read_text())["params_sha256"])
         lines = (tmp_path / f"{run}/metrics.jsonl").read_text().splitlines()
         timings = {"seconds": None, "images_per_second": None}
@@ -83,9 +87,6 @@ def test_the_same_seed_gives_the_same_parameters(tmp_path):
 
 def test_the_code_is_clean():
     """The linter and the formatter that requirements.txt pins have nothing to say."""
-    import subprocess
-    import sys
-
     for command in (("check",), ("format", "--check")):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True
