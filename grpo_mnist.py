@@ -447,7 +447,8 @@ def loss_fn(actor, rollout, config):
     low, high = config.clip_epsilon, config.upper_clip_epsilon
     loss = ppo_clip_loss(log_probs, old_log_probs, advantages, low, high)
     entropy = policy.entropy().mean()
-    loss = loss - config.entropy_coef * entropy
+    if config.entropy_coef > 0:
+        loss = loss - config.entropy_coef * entropy
     ratio = jnp.exp(log_probs - old_log_probs)
     metrics = {
         "entropy": entropy,
@@ -510,22 +511,22 @@ def train_step(state, images, labels, *, optimizer, config):
     """
     key, sampling_key = jax.random.split(state.key)
     rollout, rewards = sample_rollout(state, images, labels, sampling_key, config)
-    pieces = config.num_minibatches
-    minibatches = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rollout)
+    size = config.batch_size // config.num_minibatches
 
-    def update(learner, minibatch):
+    def update(learner, piece):
         actor, optimizer_state = learner
+        minibatch = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, piece * size, size), rollout
+        )
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(actor, minibatch, config)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, actor)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = optimizer_state.hyperparams["learning_rate"]
         return (optax.apply_updates(actor, updates), optimizer_state), metrics
 
-    def ppo_round(learner, _):
-        return jax.lax.scan(update, learner, minibatches)
-
     learner = (state.actor, state.optimizer_state)
-    learner, metrics = jax.lax.scan(ppo_round, learner, length=config.num_iterations)
+    pieces = jnp.tile(jnp.arange(config.num_minibatches), config.num_iterations)  # K rounds
+    learner, metrics = jax.lax.scan(update, learner, pieces, unroll=4)
     metrics = {name: summarize(name, values) for name, values in metrics.items()}
     metrics["accuracy"] = rewards.mean()
     metrics["reward_std"] = rewards.std()
