@@ -23,7 +23,9 @@ section 4.1), and why:
     python grpo_mnist.py --help               every flag
     python grpo_mnist.py --num-generations 8 --num-iterations 8 --learning-rate 2e-3
 
-HEADER_RESULT
+The defaults, 10 epochs of MNIST on two CPU cores: in the last epoch 97.9% of the sampled answers
+are right, and then 97.2% of the test images, after 15 s in all (medians of five seeds;
+benchmarks/results/accuracy.json).
 """
 
 import contextlib
@@ -384,8 +386,10 @@ def group_advantages(rewards, *, baseline, scale_rewards):
     (r - mean(r)) / (std(r) + 1e-8), DeepSeekMath (arXiv 2402.03300), section 4.1.2, where here
     the whole batch is the group. "none" for baseline leaves out the mean, for scale_rewards the
     deviation, which is a population one (ddof=0). Subtracting a mean does not change a deviation,
-    so it does not matter which of the two is taken first.
+    so it does not matter which of the two is taken first. Raises ValueError for other names.
     """
+    if not {baseline, scale_rewards} <= {"batch", "none"}:
+        raise ValueError(f"baseline {baseline!r} or scale_rewards {scale_rewards!r} is unknown")
     rewards = jnp.asarray(rewards, jnp.float32)
     advantages = rewards
     if baseline == "batch":
@@ -394,12 +398,12 @@ def group_advantages(rewards, *, baseline, scale_rewards):
         advantages = advantages / (rewards.std() + 1e-8)
     if baseline == scale_rewards == "none":
         return advantages
-    # Equal rewards teach nothing; their float32 mean may be off in the last bit, so say so.
+    # Equal rewards teach nothing, even where rounding puts their mean beside them.
     return jnp.where(all_equal(rewards), 0.0, advantages)
 
 
 def all_equal(rewards):
-    """Whether a group carries no signal."""
+    """Whether a group carries no signal: rewards float (B, G) -> bool, a scalar."""
     return rewards.max() == rewards.min()
 
 
@@ -513,11 +517,9 @@ def train_step(state, images, labels, *, optimizer, config):
     rollout, rewards = sample_rollout(state, images, labels, sampling_key, config)
     size = config.batch_size // config.num_minibatches
 
-    def update(learner, piece):
+    def update(learner, start):
         actor, optimizer_state = learner
-        minibatch = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, piece * size, size), rollout
-        )
+        minibatch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rollout)
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(actor, minibatch, config)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, actor)
         metrics["grad_norm"] = optax.tree.norm(gradients)
@@ -525,8 +527,9 @@ def train_step(state, images, labels, *, optimizer, config):
         return (optax.apply_updates(actor, updates), optimizer_state), metrics
 
     learner = (state.actor, state.optimizer_state)
-    pieces = jnp.tile(jnp.arange(config.num_minibatches), config.num_iterations)  # K rounds
-    learner, metrics = jax.lax.scan(update, learner, pieces, unroll=4)
+    starts = jnp.tile(jnp.arange(0, config.batch_size, size), config.num_iterations)  # K rounds
+    # Unrolled, the first round shares its forward pass with the sampling.
+    learner, metrics = jax.lax.scan(update, learner, starts, unroll=4)
     metrics = {name: summarize(name, values) for name, values in metrics.items()}
     metrics["accuracy"] = rewards.mean()
     metrics["reward_std"] = rewards.std()

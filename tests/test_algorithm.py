@@ -125,6 +125,12 @@ def test_neither_a_shift_nor_a_scale_of_the_rewards_matters(rewards, shift, scal
         np.testing.assert_allclose(np.std(after), 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("names", [("mean", "batch"), ("batch", "std"), ("none", "")])
+def test_an_unknown_baseline_or_scale_is_refused(names):
+    with pytest.raises(ValueError, match="unknown"):
+        group_advantages([[0.0, 1.0]], baseline=names[0], scale_rewards=names[1])
+
+
 def test_rewards_that_are_not_numbers_do_not_pass_for_equal():
     advantages = group_advantages([[jnp.nan, 1.0]], baseline="batch", scale_rewards="batch")
     assert np.isnan(advantages).all()

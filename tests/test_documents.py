@@ -1,0 +1,145 @@
+"""What the READMEs and requirements.txt say, against the results, the flags and each other."""
+
+import json
+import re
+import shlex
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import pytest
+import tyro
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+import grpo_mnist
+from grpo_mnist import Config
+
+READMES = ("README.md", "README_ch.md")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def accuracy_rows():
+    """A table row for each command that benchmarks/accuracy.py ran."""
+    for row in json.loads((RESULTS / "accuracy.json").read_text())["rows"]:
+        cells = [f"`{row['command']}`"]
+        for name in ("first_accuracy", "accuracy", "test_accuracy"):
+            figure = row[name]
+            cells.append(f"{figure['median']:.1%} ({figure['min']:.1%}-{figure['max']:.1%})")
+        cells.append(f"{row['seconds']['median']:.0f} s")
+        yield "| " + " | ".join(cells) + " |"
+
+
+def speed_rows():
+    """A table row for each number of rounds that benchmarks/speed.py measured."""
+    for row in json.loads((RESULTS / "speed.json").read_text())["rows"]:
+        cells = [str(row["num_iterations"])]
+        for name in ("ours", "products", "pytorch", "pytorch, indexed"):
+            figure = row["epoch_seconds"][name]
+            cells.append(f"{figure['median']:.2f} s ({figure['min']:.2f}-{figure['max']:.2f})")
+        yield "| " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_tables_are_the_committed_results(readme):
+    lines = read(readme).splitlines()
+    for row in (*accuracy_rows(), *speed_rows()):
+        assert row in lines
+
+
+def test_the_results_reach_what_was_asked_for():
+    """Whoever measures anew and commits worse figures shall notice."""
+    defaults, original = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    assert len(defaults["runs"]) == len(original["runs"]) == 5
+    assert defaults["mean_accuracy"] >= 0.9734
+    assert defaults["accuracy"]["min"] > 0.97
+    assert defaults["mean_test_accuracy"] >= 0.97
+    assert 0.7 < original["mean_accuracy"] < 0.9
+    four_rounds, _ = json.loads((RESULTS / "speed.json").read_text())["rows"]
+    assert four_rounds["num_iterations"] == Config().num_iterations
+    assert four_rounds["ratios"]["ours / products"]["median"] <= 1.3
+    assert four_rounds["ratios"]["ours / pytorch"]["median"] < 1
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_command_in_a_readme_parses(readme):
+    commands = re.findall(r"python grpo_mnist\.py([^`\n&|]*)", read(readme))
+    assert len(commands) >= 3
+    for flags in commands:
+        tyro.cli(Config, args=shlex.split(flags, comments=True))
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_flags_are_those_of_config(readme):
+    """Every flag has its row, with its default; no row is of a flag that is not there."""
+    rows = dict(re.findall(r"^\| `--([\w-]+)` \| `?([^|`]*)`? \|", read(readme), re.MULTILINE))
+    assert list(rows) == [name.replace("_", "-") for name in Config.__dataclass_fields__]
+    defaults = Config()
+    for name in set(Config.__dataclass_fields__) - {"data_dir", "output_dir", "clip_epsilon_high"}:
+        default = getattr(defaults, name)
+        assert type(default)(rows[name.replace("_", "-")]) == default
+
+
+def test_the_two_languages_agree():
+    """The same headings by level, code, tables, links, pictures and numbers, in the same order."""
+    one, other = read(READMES[0]), read(READMES[1])
+    for pattern in (
+        r"^#+ ",
+        r"^```.*?^```",
+        r"`[^`\n]+`",
+        r"\]\((?!README)[^)]*\)",
+        r"^\|",
+        r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d",
+    ):
+        found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (one, other)]
+        assert found[0] == found[1], pattern
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links_lead_somewhere(readme):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read(readme)):
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_header_quotes_the_committed_result():
+    defaults = json.loads((RESULTS / "accuracy.json").read_text())["rows"][0]
+    accuracy, test_accuracy = defaults["accuracy"]["median"], defaults["test_accuracy"]["median"]
+    header = " ".join(grpo_mnist.__doc__.split())
+    assert f"{accuracy:.1%} of the sampled answers" in header
+    assert f"{test_accuracy:.1%} of the test images" in header
+
+
+def pins():
+    lines = [line.split("#")[0].strip() for line in read("requirements.txt").splitlines()]
+    return [Requirement(line) for line in lines if line]
+
+
+def test_everything_is_pinned():
+    """Each requirement, and whatever it requires in turn, has one exact version for this Python."""
+    pinned = {}
+    for pin in pins():
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), pin
+        if pin.marker is None or pin.marker.evaluate():
+            name = pin.name.lower().replace("_", "-")
+            assert name not in pinned
+            pinned[name] = str(pin.specifier).removeprefix("==")
+    for name, number in pinned.items():
+        try:
+            assert version(name) == number
+        except PackageNotFoundError:
+            pytest.fail(f"{name} is pinned and not installed")
+        for requirement in map(Requirement, requires(name) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                assert re.sub(r"[-_.]+", "-", requirement.name).lower() in pinned, requirement
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_each_python_gets_one_jax_and_no_second_tfp(python):
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    names = [p.name for p in pins() if p.marker is None or p.marker.evaluate(environment)]
+    assert names.count("jax") == names.count("flax") == names.count("numpy") == 1
+    assert "tensorflow-probability" not in names
+    assert "tensorflow" not in names
