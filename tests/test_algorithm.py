@@ -267,7 +267,7 @@ class NumPyLearner:
         logits -= logits.max(axis=1, keepdims=True)
         return hidden_1, hidden_2, logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
-    def gradients(self, images, actions, old_log_probs, advantages):
+    def gradients(self, images, actions, old_log_probs, advantages, reference_log_p):
         """d loss / d logits = sum over the answers of -A r (onehot - p) / (B G), if not clipped."""
         config = self.config
         low, high = 1 - config.clip_epsilon, 1 + config.upper_clip_epsilon
@@ -288,8 +288,13 @@ class NumPyLearner:
         entropies = -(p * log_p).sum(axis=1)
         loss -= config.entropy_coef * entropies.mean()
         by_logits += config.entropy_coef * p * (log_p + entropies[:, None]) / len(images)
+        if config.beta > 0:
+            kl, kl_by_logits = self.kl_divergence(log_p, reference_log_p, actions)
+            loss += config.beta * kl
+            by_logits += config.beta * kl_by_logits
         self.metrics.append(
-            {
+            ({"kl": kl} if config.beta > 0 else {})
+            | {
                 "loss": loss,
                 "entropy": entropies.mean(),
                 "ratio_max": max(ratios),
@@ -310,6 +315,21 @@ class NumPyLearner:
         self.metrics[-1]["grad_norm"] = np.sqrt(sum((g**2).sum() for g in gradients))
         return gradients
 
+    def kl_divergence(self, log_p, log_q, actions):
+        """Its mean over the images, and the derivative of that by the logits."""
+        p = np.exp(log_p)
+        if self.config.kl_estimator == "exact":
+            by_image = (p * (log_p - log_q)).sum(axis=1, keepdims=True)
+            return by_image.mean(), p * (log_p - log_q - by_image) / len(p)
+        kl, by_logits = 0.0, np.zeros_like(p)
+        for image, answer in np.ndindex(actions.shape):
+            action = actions[image, answer]
+            log_ratio = log_q[image, action] - log_p[image, action]
+            kl += (np.exp(log_ratio) - log_ratio - 1) / actions.size
+            by_log_p = 1 - np.exp(log_ratio)
+            by_logits[image] += by_log_p * (np.eye(10)[action] - p[image]) / actions.size
+        return kl, by_logits
+
     def update(self, *minibatch):
         """Adam (arXiv 1412.6980, algorithm 1) with the cosine schedule's learning rate."""
         rate = (
@@ -328,17 +348,19 @@ class NumPyLearner:
 
 ONE_ROUND = Config(batch_size=64, num_iterations=1)
 FOUR_ROUNDS = Config(batch_size=64)
-FOUR_LONG_ROUNDS = Config(batch_size=64, learning_rate=0.03, clip_epsilon_high=0.5)
+LONG_ROUNDS = Config(batch_size=64, learning_rate=0.03, clip_epsilon_high=0.5)
 FOUR_ANSWERS = Config(batch_size=32, num_iterations=3, num_generations=4, baseline="none")
 MINIBATCHES = Config(batch_size=64, num_iterations=2, num_minibatches=4, scale_rewards="none")
 ENTROPY_BONUS = Config(batch_size=64, num_iterations=2, entropy_coef=0.5)
+KL = Config(batch_size=64, beta=5.0)
+KL_K3 = Config(batch_size=64, beta=5.0, kl_estimator="k3", num_generations=2)
 HELD_BACK = Config(batch_size=64, beta=1000.0, ref_sync_epochs=2)
 
 
 @pytest.mark.parametrize(
     "config",
-    [ONE_ROUND, FOUR_ROUNDS, FOUR_LONG_ROUNDS, FOUR_ANSWERS, MINIBATCHES, ENTROPY_BONUS],
-    ids=["one round", "four rounds", "clipping", "four answers", "minibatches", "entropy"],
+    [ONE_ROUND, FOUR_ROUNDS, LONG_ROUNDS, FOUR_ANSWERS, MINIBATCHES, ENTROPY_BONUS, KL, KL_K3],
+    ids=["K=1", "K=4", "clipping", "four answers", "minibatches", "entropy", "KL", "KL by k3"],
 )
 def test_the_step_against_a_numpy_learner(dataset, config):
     step = one_step(dataset, config)
@@ -348,7 +370,8 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     learner = NumPyLearner(step.actor, config, num_updates=3 * config.num_iterations * M)
 
     images = dataset.train_images[:B] / 255
-    old_log_probs = np.take_along_axis(learner.forward(images)[2], rollout.actions, axis=1)
+    log_p = learner.forward(images)[2]
+    old_log_probs = np.take_along_axis(log_p, rollout.actions, axis=1)
     np.testing.assert_allclose(rollout.old_log_probs, old_log_probs, atol=1e-5)
     right = np.zeros((B, G))
     for image, answer in np.ndindex(B, G):
@@ -358,7 +381,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     advantages = advantages_by_loop(right, config.baseline, config.scale_rewards)
     np.testing.assert_allclose(rollout.advantages, advantages, atol=1e-5)
 
-    batch = (images, rollout.actions, old_log_probs, advantages)
+    batch = (images, rollout.actions, old_log_probs, advantages, log_p)
     for _ in range(config.num_iterations):
         for piece in np.split(np.arange(B), M):
             learner.update(*(array[piece] for array in batch))
@@ -369,6 +392,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
         # gradient is 0 but for rounding, a step may differ; nowhere else, and by little on average.
         assert np.mean(np.abs(value - expected) > 1e-5) < 0.01
         assert np.abs(value - expected).mean() < 1e-5
+    assert ("kl" in metrics) == ("kl" in learner.metrics[0]) == (config.beta > 0)
     for name in learner.metrics[0]:
         average = max if name == "ratio_max" else np.mean
         expected = average([update[name] for update in learner.metrics])
@@ -380,7 +404,7 @@ def test_the_ratio_is_1_in_the_first_round_and_not_in_later_ones(dataset):
     assert once["ratio_max"] == 1.0
     assert once["clip_ratio_low"] == once["clip_ratio_high"] == 0.0
     assert abs(once["loss"]) < 1e-6  # the mean of the advantages
-    often = one_step(dataset, FOUR_LONG_ROUNDS).metrics
+    often = one_step(dataset, LONG_ROUNDS).metrics
     assert often["ratio_max"] > 1.5
     assert often["clip_ratio_low"] > 0
     assert often["clip_ratio_high"] > 0

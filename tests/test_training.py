@@ -19,7 +19,7 @@ def test_shuffled_labels_teach_nothing(dataset):
     history = train_in_memory(nonsense, Config(num_epochs=2))
     for metrics in history:
         assert 0.08 < metrics["accuracy"] < 0.125
-        assert 0.03 < metrics["test_accuracy"] < 0.2
+        assert metrics["test_accuracy"] < 0.25  # an answer to all, right by luck at most so often
 
 
 def test_the_documented_command_reaches_what_it_promises(mnist_dir, tmp_path):
