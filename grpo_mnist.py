@@ -44,11 +44,20 @@ import tempfile
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # before the slow imports, so that a signal during them is one line too
+
+    def stop_at_once(number, _):
+        os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}\n".encode())
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop_at_once)
+    signal.signal(signal.SIGTERM, stop_at_once)
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +75,15 @@ from tensorflow_probability.substrates.jax import distributions as tfd
 
 
 class UsageError(ValueError):
-    """Something was asked for wrongly: a flag, a combination, a directory (exit status 2)."""
+    """The user asked for something invalid: a flag, a directory (exit status 2)."""
 
 
 class RunError(RuntimeError):
     """Something went wrong on the way: data, disk, numbers (exit status 1)."""
+
+
+class Interrupted(Exception):
+    """A signal, whose number is the argument, asked the run to stop (128 + the number)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,52 +94,38 @@ class Config:
     out of range, and for combinations that cannot work.
     """
 
+    # What to read; auto is MNIST if it can be had, else scikit-learn's digits.
     dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    """What to read; auto is MNIST if it can be had, else scikit-learn's digits."""
+    # Where the data are kept, as tensorflow-datasets does it; the default is $TFDS_DATA_DIR.
     data_dir: Path = dataclasses.field(
         default_factory=lambda: Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     )
-    """Where the data lie or are put, as tensorflow-datasets does it ($TFDS_DATA_DIR)."""
-    num_epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 1024
-    """B, images per step; with baseline "batch" they are the group."""
-    num_generations: int = 1
-    """G, answers sampled per image."""
-    num_iterations: int = 4
-    """K, rounds of the PPO-clip loss per batch (mu in the GRPO paper)."""
-    num_minibatches: int = 1
-    """Pieces that a round is cut into, one Adam update each."""
-    learning_rate: float = 3e-3
-    """Adam's step size, at the start of the schedule."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """Cosine falls to 0 over the run."""
-    clip_epsilon: float = 0.2
-    """PPO's epsilon: a ratio beyond 1 - epsilon or 1 + epsilon gains nothing more."""
-    clip_epsilon_high: float | None = None
-    """DAPO's own epsilon for the upper bound; None: clip_epsilon."""
+    num_epochs: int = 10  # Passes over the training images.
+    batch_size: int = 1024  # B, images per step; the group is all their answers.
+    num_generations: int = 1  # G, answers sampled per image.
+    num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
+    num_minibatches: int = 1  # Pieces that each round is cut into, the same ones; an update each.
+    learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
+    clip_epsilon: float = 0.2  # PPO's epsilon: beyond 1 +- epsilon, a ratio gains nothing more.
+    clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound; None: the same.
+    # Subtracted from a reward: the mean over the batch, or nothing (REINFORCE).
     baseline: Literal["batch", "none"] = "batch"
-    """Subtracted from a reward: the batch's mean (GRPO, the batch is the group), or nothing."""
+    # Divides it: the standard deviation over the batch, or nothing (as in Dr. GRPO).
     scale_rewards: Literal["batch", "none"] = "batch"
-    """Divides it: the batch's standard deviation, or nothing (as in Dr. GRPO)."""
-    beta: float = 0.0
-    """Weight in the loss of the KL divergence from the reference, the actor as it began."""
+    beta: float = 0.0  # Weight of KL(policy, reference), the reference being the actor at first.
+    # Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must.
     kl_estimator: Literal["exact", "k3"] = "exact"
-    """Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must."""
-    ref_sync_epochs: int = 0
-    """Make the reference the current actor every so many epochs; 0: never."""
-    entropy_coef: float = 0.0
-    """Weight of a bonus for undecided answers."""
-    seed: int = 0
-    """Decides the weights, the order of the images and every sampled answer."""
-    output_dir: Path | None = None
-    """Where to write results; None: runs/<dataset>-<seed>-<time>."""
+    ref_sync_epochs: int = 0  # Make the reference the current actor every so many epochs; 0: never.
+    entropy_coef: float = 0.0  # Weight of a bonus for undecided answers.
+    seed: int = 0  # Decides the weights, the order of the images and every sampled answer.
+    output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_dir") and isinstance(value, str | Path):
-                object.__setattr__(self, field.name, Path(value).expanduser())
+                object.__setattr__(self, field.name, Path(os.path.expanduser(value)))
             elif not has_type(value, field.type):
                 raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
         for name, allowed, rule in self.rules():
@@ -139,6 +138,8 @@ class Config:
             yield name, not isinstance(value, float) or math.isfinite(value), "a finite number"
         for name in ("num_epochs", "batch_size", "num_generations", "num_iterations"):
             yield name, getattr(self, name) >= 1, "1 or more"
+        answers = self.batch_size * self.num_generations
+        yield "num_generations", answers < 2**31, "small enough: fewer than 2**31 answers a batch"
         pieces = self.num_minibatches
         fits = pieces >= 1 and self.batch_size % pieces == 0
         yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
@@ -233,7 +234,7 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
 
 
 def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: Path) -> None:
-    """Has tensorflow-datasets fetch and check files, into the place where it keeps them.
+    """Fetches files through tensorflow-datasets, which checks them, into its own cache.
 
     They arrive in a temporary directory, so that nothing half-written is ever found there.
     """
@@ -262,7 +263,7 @@ def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: P
         )
 
 
-def why_unreachable(url: str, seconds: float = 5.0) -> str | None:
+def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
     """None if the server answers in time, else the reason in a few words.
 
     Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in
@@ -276,7 +277,7 @@ def why_unreachable(url: str, seconds: float = 5.0) -> str | None:
         try:
             response = requests.head(url, timeout=seconds, allow_redirects=True)
             outcome.append("" if response.ok else f"HTTP status {response.status_code} from {url}")
-        except requests.RequestException as error:
+        except OSError as error:  # which requests' own exceptions are
             outcome.append(f"no connection to {url} ({type(error).__name__})")
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -300,8 +301,8 @@ def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
     if digest != info.checksum:
         raise RunError(
             f"{path} is not the file that it should be: expected {int(info.size):,} bytes with"
-            f" SHA-256 {info.checksum}, found: {found}; remove it and run again, connected to the"
-            f" network or with {url} saved as {path}"
+            f" SHA-256 {info.checksum}, found: {found}; remove it (another data set needs another"
+            f" --data-dir) and run again, connected to the network or with {url} saved in its place"
         )
     content = gzip.decompress(packed)
     num_dimensions = content[3]
@@ -312,8 +313,8 @@ def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
 def load_digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels, enlarged to 24x24 in a margin of 2.
 
-    The last 360, by other writers, are the test set; the others are in the training set in all
-    25 shifts of up to 2 pixels.
+    The last 360 are the test set; the others are in the training set, in all 25 shifts of up to
+    2 pixels.
     """
     from sklearn import datasets
 
@@ -383,10 +384,11 @@ def calculate_rewards(actions, labels):
 def group_advantages(rewards, *, baseline, scale_rewards):
     """How much better than its group each answer did: any real rewards (B, G) -> float32 (B, G).
 
-    (r - mean(r)) / (std(r) + 1e-8), DeepSeekMath (arXiv 2402.03300), section 4.1.2, where here
-    the whole batch is the group. "none" for baseline leaves out the mean, for scale_rewards the
-    deviation, which is a population one (ddof=0). Subtracting a mean does not change a deviation,
-    so it does not matter which of the two is taken first. Raises ValueError for other names.
+    (r - mean(r)) / (std(r) + 1e-8): DeepSeekMath (arXiv 2402.03300), section 4.1.2, with 1e-8
+    added; here the whole batch is the group. "none" leaves out the mean (baseline) or the
+    deviation (scale_rewards), which is a population one (ddof=0). Subtracting a mean does not
+    change a deviation, so it does not matter which is taken first. A group of equal rewards gets
+    0, unless both are "none": then the rewards stay as they are. ValueError for other names.
     """
     if not {baseline, scale_rewards} <= {"batch", "none"}:
         raise ValueError(f"baseline {baseline!r} or scale_rewards {scale_rewards!r} is unknown")
@@ -398,12 +400,12 @@ def group_advantages(rewards, *, baseline, scale_rewards):
         advantages = advantages / (rewards.std() + 1e-8)
     if baseline == scale_rewards == "none":
         return advantages
-    # Equal rewards teach nothing, even where rounding puts their mean beside them.
+    # Equal rewards must give 0 even where rounding puts their mean beside them.
     return jnp.where(all_equal(rewards), 0.0, advantages)
 
 
 def all_equal(rewards):
-    """Whether a group carries no signal: rewards float (B, G) -> bool, a scalar."""
+    """Whether the group has nothing to compare: rewards float (B, G) -> bool, a scalar."""
     return rewards.max() == rewards.min()
 
 
@@ -424,47 +426,14 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsil
 def kl_to_reference(policy, reference, actions, estimator):
     """Mean KL(policy || reference) in nats: two policies, actions int (B, G) -> a scalar.
 
-    "exact" sums over the ten answers. "k3" estimates from the sampled ones, DeepSeekMath,
-    equation 4; without bias only for answers of this very policy, that is, in the first round.
+    "exact" sums over the ten answers. "k3" estimates from the sampled ones (DeepSeekMath,
+    equation 4): for answers of this very policy its value is unbiased, but the gradient of that
+    is the gradient of KL(reference || policy), so the two do not train alike.
     """
     if estimator == "exact":
         return policy.kl_divergence(reference).mean()
     log_ratio = log_probs_of(reference, actions) - log_probs_of(policy, actions)
     return (jnp.exp(log_ratio) - log_ratio - 1).mean()
-
-
-class Rollout(NamedTuple):
-    """A batch with what was sampled for it, fixed while the actor learns from it."""
-
-    images: jax.Array  # float32 (B, 784)
-    actions: jax.Array  # int32 (B, G)
-    old_log_probs: jax.Array  # float32 (B, G)
-    advantages: jax.Array  # float32 (B, G)
-    reference_logits: jax.Array | None  # float32 (B, A); None while beta is 0
-
-
-def loss_fn(actor, rollout, config):
-    """What an update lowers (a scalar), and what there is to know of it (scalars by name)."""
-    policy = actor(rollout.images)
-    log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
-    old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
-    low, high = config.clip_epsilon, config.upper_clip_epsilon
-    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, low, high)
-    entropy = policy.entropy().mean()
-    if config.entropy_coef > 0:
-        loss = loss - config.entropy_coef * entropy
-    ratio = jnp.exp(log_probs - old_log_probs)
-    metrics = {
-        "entropy": entropy,
-        "ratio_max": ratio.max(),
-        "clip_ratio_low": ((ratio < 1 - low) & (advantages < 0)).mean(),
-        "clip_ratio_high": ((ratio > 1 + high) & (advantages > 0)).mean(),
-    }
-    if config.beta > 0:
-        reference = tfd.Categorical(logits=rollout.reference_logits)
-        metrics["kl"] = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
-        loss = loss + config.beta * metrics["kl"]
-    return loss, metrics | {"loss": loss}
 
 
 # --- Training step --------------------------------------------------------------------------
@@ -479,6 +448,17 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+class Rollout(NamedTuple):
+    """A batch and what was sampled for it, fixed while the actor learns from it."""
+
+    images: jax.Array  # float32 (B, 784)
+    actions: jax.Array  # int32 (B, G)
+    old_log_probs: jax.Array  # float32 (B, G)
+    rewards: jax.Array  # float32 (B, G)
+    advantages: jax.Array  # float32 (B, G)
+    reference_logits: jax.Array | None  # float32 (B, A); None while beta is 0
+
+
 @partial(jax.jit, static_argnames=("optimizer", "config"))
 def create_train_state(key, *, optimizer, config):
     """A fresh actor, its Adam state, and a copy of it as the reference if there is a KL term."""
@@ -489,21 +469,45 @@ def create_train_state(key, *, optimizer, config):
 
 
 def sample_rollout(state, images, labels, key, config):
-    """Lets the actor answer each image G times and rewards it: (rollout, rewards (B, G))."""
+    """Lets the actor answer each image G times: uint8 (B, 784), int32 (B,) -> a Rollout."""
     images = images.astype(jnp.float32) / 255  # (B, 784)
     policy = state.actor(images)
     actions = policy.sample(config.num_generations, seed=key).T  # (B, G), from one forward pass
     rewards = calculate_rewards(actions, labels)
-    rollout = Rollout(
+    return Rollout(
         images,
         actions,
         old_log_probs=log_probs_of(policy, actions),
+        rewards=rewards,
         advantages=group_advantages(
             rewards, baseline=config.baseline, scale_rewards=config.scale_rewards
         ),
         reference_logits=state.reference(images).logits if config.beta > 0 else None,
     )
-    return rollout, rewards
+
+
+def loss_fn(actor, rollout, config):
+    """What an update lowers: a scalar, and the metrics of the update, scalars by name."""
+    policy = actor(rollout.images)
+    log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
+    old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
+    epsilon_low, epsilon_high = config.clip_epsilon, config.upper_clip_epsilon
+    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, epsilon_low, epsilon_high)
+    entropy = policy.entropy().mean()
+    metrics = {"entropy": entropy}
+    if config.entropy_coef > 0:
+        loss = loss - config.entropy_coef * entropy
+    if config.beta > 0:
+        reference = tfd.Categorical(logits=rollout.reference_logits)
+        kl = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
+        loss = loss + config.beta * kl
+        metrics["kl"] = kl
+    ratio = jnp.exp(log_probs - old_log_probs)
+    metrics["loss"] = loss
+    metrics["ratio_max"] = ratio.max()
+    metrics["clip_ratio_low"] = ((ratio < 1 - epsilon_low) & (advantages < 0)).mean()
+    metrics["clip_ratio_high"] = ((ratio > 1 + epsilon_high) & (advantages > 0)).mean()
+    return loss, metrics
 
 
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
@@ -514,27 +518,26 @@ def train_step(state, images, labels, *, optimizer, config):
     state's memory is reused: do not touch it again.
     """
     key, sampling_key = jax.random.split(state.key)
-    rollout, rewards = sample_rollout(state, images, labels, sampling_key, config)
+    rollout = sample_rollout(state, images, labels, sampling_key, config)
     size = config.batch_size // config.num_minibatches
 
-    def update(learner, start):
-        actor, optimizer_state = learner
+    def update(state, start):
         minibatch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rollout)
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(actor, minibatch, config)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, actor)
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.actor, minibatch, config)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.actor)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = optimizer_state.hyperparams["learning_rate"]
-        return (optax.apply_updates(actor, updates), optimizer_state), metrics
+        actor = optax.apply_updates(state.actor, updates)
+        return state._replace(actor=actor, optimizer_state=optimizer_state), metrics
 
-    learner = (state.actor, state.optimizer_state)
     starts = jnp.tile(jnp.arange(0, config.batch_size, size), config.num_iterations)  # K rounds
-    # Unrolled, the first round shares its forward pass with the sampling.
-    learner, metrics = jax.lax.scan(update, learner, starts, unroll=4)
+    # Up to four updates are unrolled, and the first shares its forward pass with the sampling.
+    state, metrics = jax.lax.scan(update, state._replace(key=key), starts, unroll=4)
     metrics = {name: summarize(name, values) for name, values in metrics.items()}
-    metrics["accuracy"] = rewards.mean()
-    metrics["reward_std"] = rewards.std()
-    metrics["frac_reward_zero_std"] = all_equal(rewards).astype(jnp.float32)
-    return TrainState(*learner, state.reference, key), metrics
+    metrics["accuracy"] = rollout.rewards.mean()
+    metrics["reward_std"] = rollout.rewards.std()
+    metrics["frac_reward_zero_std"] = all_equal(rollout.rewards).astype(jnp.float32)
+    return state, metrics
 
 
 def summarize(name, values):
@@ -555,11 +558,11 @@ def predict(actor, images):
 # --- Main loop ------------------------------------------------------------------------------
 
 
-def train(config: Config) -> list[dict[str, Any]]:
+def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Trains, printing and writing as it goes; returns the metrics of each epoch (see METRICS).
 
-    Raises UsageError before anything is written, RunError if the data or the numbers are wrong,
-    OSError if the disk fails.
+    Raises UsageError before a run directory is made, RunError if data, numbers or the disk fail,
+    Interrupted after the step during which a signal's number has appeared in signals.
     """
     began = time.perf_counter()
     dataset = load_dataset(config.dataset, config.data_dir)
@@ -579,32 +582,38 @@ def train(config: Config) -> list[dict[str, Any]]:
     with progress_bar(config.num_epochs * steps_per_epoch) as advance:
         for epoch in range(1, config.num_epochs + 1):
             state = sync_reference(state, config, epoch)
-            state, metrics = train_epoch(step, state, batches(dataset, config, epoch), advance)
+            stream = batches(dataset, config, epoch)
+            state, metrics = train_epoch(step, state, stream, advance, signals)
             answers, confidences = jax.device_get(predict(state.actor, dataset.test_images))
             metrics["epoch"] = epoch
             metrics["test_accuracy"] = float(np.mean(answers == dataset.test_labels))
             check_finite(metrics, state.actor)
             history.append({name: metrics.get(name) for name in METRICS})
             report_epoch(history, config, output_dir)
+    summary = summarize_run(history, dataset, state, time.perf_counter() - began)
+    write_json(output_dir / "summary.json", summary)
     plot_curves(history, dataset, answers, confidences, output_dir)
-    report_end(history, dataset, state, time.perf_counter() - began, output_dir)
+    announce_end(summary, output_dir)
     return history
 
 
-def train_epoch(step, state, epoch_batches, advance) -> tuple[TrainState, dict[str, float]]:
-    """Streams the batches through the step, calling advance after each.
+def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, dict[str, float]]:
+    """Streams an epoch's batches through the step, calling advance after each.
 
-    The metrics are means over all updates of the epoch, ratio_max the maximum. Nothing waits for
-    the device before the last batch is on its way.
+    The metrics are means over the epoch, ratio_max the maximum. Nothing waits for the device
+    before the last batch is on its way. Raises Interrupted as train does.
     """
     began = time.perf_counter()
     step_metrics = []
     num_images = 0
-    for images, labels in epoch_batches:
+    for images, labels in stream:
         state, metrics = step(state, images, labels)
         step_metrics.append(metrics)
         num_images += len(images)
         advance()
+        if signals:
+            jax.block_until_ready(state)  # JAX can crash if Python ends during a step
+            raise Interrupted(signals[0])
     step_metrics = jax.device_get(step_metrics)
     seconds = time.perf_counter() - began
     by_name = jax.tree.map(lambda *values: np.stack(values), *step_metrics)
@@ -642,20 +651,20 @@ def check_finite(metrics: dict[str, Any], actor: Actor) -> None:
 
 # --- Reporting ------------------------------------------------------------------------------
 
-METRICS = (
+METRICS = (  # means over the epoch: of rewards over its batches, of the loss over its updates
     "epoch",  # 1 is the first
     "accuracy",  # share of the sampled answers that were right: the mean reward
     "test_accuracy",  # share of the test images whose likeliest answer is right
     "seconds",  # of training alone
     "images_per_second",
-    "loss",  # near 0 by construction, whatever the actor knows
-    "reward_std",
-    "frac_reward_zero_std",  # share of the groups without a signal: their rewards are all equal
+    "loss",  # no measure of progress: about 0 in a batch's first round, whatever the actor knows
+    "reward_std",  # standard deviation of a batch's rewards
+    "frac_reward_zero_std",  # share of the groups (batches) whose rewards are all equal
     "entropy",  # of the policy, in nats; ln 10 = 2.3 is pure guessing
-    "kl",  # from the reference, in nats; null while beta is 0, and there is none
-    "ratio_max",  # the largest pi / pi_old
-    "clip_ratio_low",  # share of answers held back at 1 - epsilon: worse than their group
-    "clip_ratio_high",  # share of answers held back at 1 + epsilon: better than their group
+    "kl",  # from the reference, in nats; null while beta is 0, since then there is none
+    "ratio_max",  # the largest pi / pi_old of the epoch
+    "clip_ratio_low",  # share of answers worse than their group and held at 1 - epsilon
+    "clip_ratio_high",  # share of answers better than their group and held at 1 + epsilon
     "grad_norm",
     "learning_rate",
 )
@@ -669,9 +678,10 @@ def open_output_dir(config: Config, dataset: Dataset) -> Path:
         if os.path.lexists(output_dir / name):
             raise UsageError(f"--output-dir {output_dir} holds a run ({name}); name a new one")
     facts = {"versions": library_versions(), "device": describe_devices()}
+    facts["trained_on"] = dataset.name
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
+        (output_dir / "config.json").touch(exist_ok=False)  # of two runs at once, one gets it
     except OSError as error:
         raise UsageError(
             f"--output-dir {output_dir} cannot be written ({error.strerror}); name another"
@@ -706,18 +716,25 @@ def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path
     )
 
 
-def report_end(history, dataset, state, seconds: float, output_dir: Path) -> None:
-    """Writes summary.json and prints the closing lines; seconds are those of the whole run."""
+def summarize_run(history, dataset, state, seconds: float) -> dict[str, Any]:
+    """What summary.json holds; seconds are those of the whole run."""
     last = history[-1]
-    summary = {"dataset": dataset.name, "num_epochs": last["epoch"]}
-    summary |= {"accuracy": last["accuracy"], "test_accuracy": last["test_accuracy"]}
-    summary |= {"seconds": seconds, "training_state_bytes": training_state_bytes(state)}
-    summary["params_sha256"] = params_sha256(state.actor)
-    write_json(output_dir / "summary.json", summary)
+    return {
+        "dataset": dataset.name,
+        "num_epochs": last["epoch"],
+        "accuracy": last["accuracy"],
+        "test_accuracy": last["test_accuracy"],
+        "seconds": seconds,
+        "training_state_bytes": training_state_bytes(state),
+        "params_sha256": params_sha256(state.actor),
+    }
+
+
+def announce_end(summary: dict[str, Any], output_dir: Path) -> None:
     say("--- Training completed! ---")
     say(
-        f"Accuracy {last['accuracy']:.2%}, test accuracy {last['test_accuracy']:.2%}"
-        f" after {last['epoch']} epochs and {seconds:.1f} s"
+        f"Accuracy {summary['accuracy']:.2%}, test accuracy {summary['test_accuracy']:.2%}"
+        f" after {summary['num_epochs']} epochs and {summary['seconds']:.1f} s"
     )
     say(f"params_sha256: {summary['params_sha256']}")
     say(f"Learning curve: {output_dir / 'curves.png'}")
@@ -743,7 +760,7 @@ def plot_curves(history, dataset, answers, confidences, output_dir: Path) -> Non
     wrong = np.flatnonzero(answers != dataset.test_labels)
     wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
     shown = wrong[:: max(1, -(-len(wrong) // 12))]
-    right.suptitle(f"{len(wrong):,} of {len(answers):,} test digits wrong; some, surest first")
+    right.suptitle(f"{len(wrong):,} of {len(answers):,} test images wrong; some, surest first")
     for axes, index in itertools.zip_longest(right.subplots(3, 4).flat, shown):
         axes.axis("off")
         if index is not None:
@@ -775,7 +792,7 @@ def params_sha256(actor: Actor) -> str:
 def progress_bar(num_steps: int) -> Iterator[Callable[[], None]]:
     """Yields what to call after each step; draws on a terminal, and nothing into a pipe."""
     columns = TextColumn("Training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    piped = not sys.stdout.isatty()
+    piped = sys.stdout is None or not sys.stdout.isatty()
     with Progress(*columns, transient=True, refresh_per_second=4, disable=piped) as progress:
         task = progress.add_task("", total=num_steps)
         yield lambda: progress.advance(task)
@@ -824,34 +841,34 @@ def say(line: str) -> None:
 # --- main: flags in, exit status out --------------------------------------------------------
 
 
-class Interrupted(BaseException):
-    """A signal, whose number is the argument, asked the run to stop."""
-
-
-def interrupt(signal_number: int, frame: Any) -> None:
-    raise Interrupted(signal_number)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program. 0: done, 1: failed, 2: asked for wrongly, 130: Ctrl-C, 143: SIGTERM."""
-    handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    """Runs the program. 0: done, 1: failed, 2: invalid flags, 130: Ctrl-C, 143: SIGTERM."""
+    signals = []
+
+    def note(number, _):
+        if signals:  # a second one does not wait for the step
+            os._exit(128 + number)
+        signals.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train(parse_flags(argv))
+        train(parse_flags(argv), signals)
         return 0
+    except Interrupted as interruption:
+        number = interruption.args[0]
+        return complain(f"stopped by {signal.Signals(number).name}", status=128 + number)
     except UsageError as error:
         return complain(error, status=2)
     except BrokenPipeError as error:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return complain(error, status=1)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, UnicodeError) as error:
         return complain(error, status=1)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        return complain(f"{first_line(error)}; a smaller --batch-size needs less memory", status=1)
-    except Interrupted as interruption:
-        (number,) = interruption.args
-        return complain(f"stopped by {signal.Signals(number).name}", status=128 + number)
+        remedy = "if memory ran out, lower --batch-size or --num-generations"
+        return complain(f"{first_line(error)}; {remedy}", status=1)
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -220,7 +220,6 @@ class Step(NamedTuple):
     after: grpo_mnist.TrainState
     metrics: dict
     rollout: grpo_mnist.Rollout
-    rewards: np.ndarray
     labels: np.ndarray
 
 
@@ -238,11 +237,11 @@ def one_step(dataset, config):
     images = dataset.train_images[: config.batch_size]
     labels = dataset.train_labels[: config.batch_size]
     _, key = jax.random.split(before.key)
-    rollout, rewards = grpo_mnist.sample_rollout(before, images, labels, key, config)
-    actor, rollout, rewards = jax.tree.map(np.array, (before.actor, rollout, rewards))
+    rollout = grpo_mnist.sample_rollout(before, images, labels, key, config)
+    actor, rollout = jax.tree.map(np.array, (before.actor, rollout))
     step = grpo_mnist.train_step
     after, metrics = step(before, images, labels, optimizer=optimizer, config=config)
-    STEPS[config] = Step(actor, after, jax.device_get(metrics), rollout, rewards, labels)
+    STEPS[config] = Step(actor, after, jax.device_get(metrics), rollout, labels)
     return STEPS[config]
 
 
@@ -366,7 +365,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     step = one_step(dataset, config)
     rollout, metrics = step.rollout, step.metrics
     B, G, M = config.batch_size, config.num_generations, config.num_minibatches
-    assert rollout.actions.shape == step.rewards.shape == (B, G)
+    assert rollout.actions.shape == rollout.rewards.shape == (B, G)
     learner = NumPyLearner(step.actor, config, num_updates=3 * config.num_iterations * M)
 
     images = dataset.train_images[:B] / 255
@@ -376,6 +375,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     right = np.zeros((B, G))
     for image, answer in np.ndindex(B, G):
         right[image, answer] = rollout.actions[image, answer] == step.labels[image]
+    np.testing.assert_array_equal(rollout.rewards, right)
     assert metrics["accuracy"] == pytest.approx(right.mean())
     assert metrics["reward_std"] == pytest.approx(right.std(), abs=1e-6)
     advantages = advantages_by_loop(right, config.baseline, config.scale_rewards)
@@ -431,6 +431,41 @@ def test_a_kl_term_holds_the_actor_back(dataset):
         assert ("kl" in step.metrics) == (config.beta > 0)
     assert step.metrics["kl"] > 0
     assert moved[HELD_BACK.beta] < moved[0.0] / 5
+
+
+def test_the_kl_term_is_from_the_reference_and_not_from_the_last_policy(dataset):
+    state = one_step(dataset, HELD_BACK).after
+    images, labels = dataset.train_images[:64], dataset.train_labels[:64]
+    rollout = grpo_mnist.sample_rollout(state, images, labels, jax.random.key(0), HELD_BACK)
+    expected = state.reference(rollout.images).logits
+    np.testing.assert_allclose(rollout.reference_logits, expected, atol=1e-6)
+    assert np.abs(rollout.reference_logits - state.actor(rollout.images).logits).max() > 1e-3
+
+
+def test_k3_pulls_towards_the_reverse_divergence():
+    """Averaged over all ten answers: k3's value is KL(p || q), its gradient that of KL(q || p)."""
+    policy, reference = two_policies(num_images=1)
+
+    @jax.jit
+    def k3_by_answer(logits):
+        moved = tfd.Categorical(logits=logits)
+        return jax.vmap(lambda a: grpo_mnist.kl_to_reference(moved, reference, a, "k3"))(
+            jnp.arange(10)[:, None, None]
+        )
+
+    def divergence(logits, reverse):
+        p, q = tfd.Categorical(logits=logits), reference
+        return (q.kl_divergence(p) if reverse else p.kl_divergence(q)).mean()
+
+    p = policy.probs_parameter()[0]
+    np.testing.assert_allclose(
+        p @ k3_by_answer(policy.logits), divergence(policy.logits, False), rtol=1e-4
+    )
+    gradient = jnp.tensordot(p, jax.jacobian(k3_by_answer)(policy.logits), 1)
+    reverse = jax.grad(divergence)(policy.logits, True)
+    forward = jax.grad(divergence)(policy.logits, False)
+    np.testing.assert_allclose(gradient, reverse, atol=1e-5)
+    assert np.abs(gradient - forward).max() > 0.01
 
 
 def test_the_reference_is_refreshed_when_asked(dataset):

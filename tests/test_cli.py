@@ -73,6 +73,7 @@ BAD_INPUT = [
     (["--kl-estimator=k3"], "--beta is 0"),
     (["--ref-sync-epochs=2"], "--beta is 0"),
     (["--batch-size=40000"], "--batch-size 40000 is more than the 35925 training images of digits"),
+    (["--num-generations=3000000000"], "--num-generations 3000000000"),
     # directories
     (["--output-dir=a-file"], "--output-dir a-file cannot be written"),
     (["--output-dir=a-file/below"], "--output-dir a-file/below cannot be written"),
@@ -199,19 +200,40 @@ def test_a_full_disk(tmp_path):
     assert len(written) >= 3
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_the_run(name, tmp_path):
-    number = signal.Signals[name]
-    flags = ("--dataset=digits", "--num-epochs=1000", "--output-dir=run")
-    with start_program(*flags) as process:
+def test_a_signal_stops_the_run(tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    flags = ("--dataset=digits", "--num-epochs=1000")
+    processes = [start_program(*flags, f"--output-dir={number.name}") for number in numbers]
+    for process, number in zip(processes, numbers, strict=True):
         for line in process.stdout:
             if line.startswith("Epoch 1/"):
                 break
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    assert_one_line_error(errors, f"stopped by {name}")
-    assert tree(tmp_path) == ["run", "run/config.json", "run/metrics.jsonl"]
+        assert process.returncode == 128 + number
+        assert_one_line_error(errors, f"stopped by {number.name}")
+        assert tree(tmp_path / number.name) == ["config.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("seconds", [0.7, 3.0])
+def test_a_signal_during_start_up(seconds, tmp_path):
+    """While libraries are imported, or the step is compiled: one line, nothing half-written."""
+    with start_program("--dataset=digits", "--num-epochs=1000", "--output-dir=run") as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert_one_line_error(errors, "stopped by SIGINT")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_runs_at_once_do_not_share_a_directory(tmp_path):
+    flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=8192", "--output-dir=run")
+    processes = [start_program(*flags) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2]
+    assert_one_line_error("".join(errors), "--output-dir run ")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_reader_that_leaves(tmp_path):
