@@ -24,7 +24,7 @@ section 4.1), and why:
     python grpo_mnist.py --num-generations 8 --num-iterations 8 --learning-rate 2e-3
 
 The defaults, 10 epochs of MNIST on two CPU cores: in the last epoch 97.9% of the sampled answers
-are right, and then 97.2% of the test images, after 15 s in all (medians of five seeds;
+are right, and then 97.2% of the test images, after 14 s in all (medians of five seeds;
 benchmarks/results/accuracy.json).
 """
 

@@ -45,8 +45,24 @@ def speed_rows():
 @pytest.mark.parametrize("readme", READMES)
 def test_the_tables_are_the_committed_results(readme):
     lines = read(readme).splitlines()
-    for row in (*accuracy_rows(), *speed_rows()):
-        assert row in lines
+    rows = [line for line in lines if re.match(r"\| (`python|\d)", line)]
+    assert rows == [*accuracy_rows(), *speed_rows()]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_machine_is_that_of_the_committed_results(readme):
+    text = read(readme)
+    accuracy, speed = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "speed")
+    )
+    assert accuracy["versions"] == speed["versions"]
+    assert re.search(rf"\b{accuracy['cores']} (cores|核心)", text)
+    assert accuracy["processor"] in text
+    assert accuracy["date"] in text
+    for name, number in (accuracy["versions"] | {"PyTorch": speed["pytorch"]}).items():
+        if name in ("jax", "flax", "PyTorch", "python"):
+            assert f"{name if name != 'python' else 'Python'} {number.split('+')[0]}" in text
+    assert f"{speed['rows'][0]['epoch_seconds']['ours']['n']}" in text
 
 
 def test_the_results_reach_what_was_asked_for():
@@ -110,6 +126,7 @@ def test_the_header_quotes_the_committed_result():
     header = " ".join(grpo_mnist.__doc__.split())
     assert f"{accuracy:.1%} of the sampled answers" in header
     assert f"{test_accuracy:.1%} of the test images" in header
+    assert f"after {defaults['seconds']['median']:.0f} s in all" in header
 
 
 def pins():
