@@ -140,6 +140,8 @@ class Config:
             yield name, getattr(self, name) >= 1, "1 or more"
         answers = self.batch_size * self.num_generations
         yield "num_generations", answers < 2**31, "small enough: fewer than 2**31 answers a batch"
+        compares = "batch" in (self.baseline, self.scale_rewards)
+        yield "batch_size", answers > 1 or not compares, "2 or more: a group of one learns nothing"
         pieces = self.num_minibatches
         fits = pieces >= 1 and self.batch_size % pieces == 0
         yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
@@ -224,12 +226,16 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
         by_hand = downloads / "manual" / info.filename
         cached = downloads / name / get_dl_fname(url, info.checksum)
         paths[url] = by_hand if by_hand.exists() else cached
-    if missing := [url for url, path in paths.items() if not path.exists()]:
+    # Files that are here are checked before a network is asked for the others.
+    here = [url for url in sorted(paths) if paths[url].exists()]
+    arrays = {url: read_idx_file(paths[url], url, url_infos[url]) for url in here}
+    if missing := [url for url in sorted(paths) if url not in arrays]:
         download(name, missing, url_infos, downloads)
+        arrays |= {url: read_idx_file(paths[url], url, url_infos[url]) for url in missing}
     # In the order of their names: t10k-images, t10k-labels, train-images, train-labels.
-    arrays = [read_idx_file(paths[url], url, url_infos[url]) for url in sorted(paths)]
-    images = [array.reshape(-1, 784) for array in arrays[::2]]
-    labels = [array.astype(np.int32) for array in arrays[1::2]]
+    in_order = [arrays[url] for url in sorted(arrays)]
+    images = [array.reshape(-1, 784) for array in in_order[::2]]
+    labels = [array.astype(np.int32) for array in in_order[1::2]]
     return Dataset(name, images[1], labels[1], images[0], labels[0])
 
 

@@ -25,6 +25,11 @@ MNIST_FILES = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """The smoke test first."""
+    items.sort(key=lambda item: "test_smoke" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def somewhere_else(tmp_path, monkeypatch):
     """An empty working directory, an empty data directory, and no way to the network."""

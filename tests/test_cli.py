@@ -70,6 +70,7 @@ BAD_INPUT = [
     # not together
     (["--batch-size=100", "--num-minibatches=3"], "--batch-size 100"),
     (["--batch-size=4", "--num-minibatches=8"], "--num-minibatches 8"),
+    (["--batch-size=1"], "--batch-size 1 must be 2 or more: a group of one learns nothing"),
     (["--kl-estimator=k3"], "--beta is 0"),
     (["--ref-sync-epochs=2"], "--beta is 0"),
     (["--batch-size=40000"], "--batch-size 40000 is more than the 35925 training images of digits"),

@@ -139,6 +139,15 @@ def test_a_damaged_file_is_named_and_not_trained_on(
     assert tree(tmp_path) == before
 
 
+def test_a_damaged_file_is_named_before_a_missing_one(copied_mnist, capfd):
+    """Also with auto, which would go on with digits if files were only missing."""
+    manual = copied_mnist / "downloads" / "manual"
+    (manual / TEST_IMAGES).unlink()
+    (manual / TRAIN_IMAGES).write_bytes(b"")
+    assert main([f"--data-dir={copied_mnist}"]) == 1
+    assert_one_line_error(capfd.readouterr().err, f"{manual / TRAIN_IMAGES} is not the file")
+
+
 def test_files_that_are_missing_are_named(copied_mnist, tmp_path, capfd):
     manual = copied_mnist / "downloads" / "manual"
     (manual / TEST_IMAGES).unlink()
