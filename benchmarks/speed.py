@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from common import grpo_mnist, spread, write_results
@@ -219,8 +220,6 @@ def main():
             print(
                 f"  {name:24} {figure['median']:.3f} ({figure['min']:.3f} to {figure['max']:.3f})"
             )
-    from importlib.metadata import version
-
     write_results("speed", {"pytorch": version("torch"), "rows": rows})
 
 

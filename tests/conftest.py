@@ -1,5 +1,6 @@
 """What the tests share: real data where there is some, real processes, nothing of the user's."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -98,6 +99,15 @@ def assert_one_line_error(errors, *words):
     assert "Traceback" not in errors
     for word in words:
         assert word in errors
+
+
+def read_history(run):
+    """The metrics of each epoch that a run has written."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
 
 
 def tree(directory):

@@ -1,6 +1,5 @@
 """What the program says and leaves behind when it is asked wrongly, fails, or is stopped."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,9 +7,16 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_one_line_error, run_program, start_program, tree
+from conftest import (
+    ROOT,
+    assert_one_line_error,
+    read_history,
+    run_program,
+    start_program,
+    tree,
+)
 
-from grpo_mnist import Config, UsageError, main
+from grpo_mnist import Config, UsageError, flag, main
 
 DIGITS = ("--dataset=digits", "--num-epochs=1")
 
@@ -136,7 +142,7 @@ def test_bad_input_to_the_real_program(flags, environment, tmp_path):
 )
 def test_a_config_is_checked_on_construction(wrong):
     (name,) = wrong
-    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+    with pytest.raises(UsageError, match=flag(name)):
         Config(**wrong)
 
 
@@ -162,7 +168,7 @@ def test_help_explains_every_flag(capfd):
     assert stop.value.code == 0
     text = capfd.readouterr().out
     for name in Config.__dataclass_fields__:
-        assert "--" + name.replace("_", "-") in text
+        assert flag(name) in text
 
 
 def test_importing_the_file_does_nothing(tmp_path):
@@ -196,9 +202,9 @@ def test_a_full_disk(tmp_path):
     assert "completed" not in output
     assert_one_line_error(errors, "run/metrics.jsonl cannot be written: File too large")
     assert tree(tmp_path) == ["run", "run/config.json", "run/metrics.jsonl"]
-    written = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in written] == list(range(1, len(written) + 1))
-    assert len(written) >= 3
+    epochs = [metrics["epoch"] for metrics in read_history("run")]
+    assert epochs == list(range(1, len(epochs) + 1))
+    assert len(epochs) >= 3
 
 
 def test_a_signal_stops_the_run(tmp_path):
@@ -228,13 +234,13 @@ def test_a_signal_during_start_up(seconds, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_two_runs_at_once_do_not_share_a_directory(tmp_path):
+def test_two_runs_at_once_do_not_share_a_directory():
     flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=8192", "--output-dir=run")
     processes = [start_program(*flags) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2]
     assert_one_line_error("".join(errors), "--output-dir run ")
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len(read_history("run")) == 1
 
 
 def test_a_reader_that_leaves(tmp_path):

@@ -1,8 +1,6 @@
 """The first thing to run: does it work here at all? About 15 seconds."""
 
-import json
-
-from conftest import run_program, train_in_memory, tree
+from conftest import read_history, run_program, train_in_memory, tree
 
 import grpo_mnist
 from grpo_mnist import Config
@@ -21,8 +19,7 @@ def test_the_program_trains_and_writes_its_files(tmp_path):
     files = ["config.json", "curves.png", "metrics.jsonl", "summary.json"]
     assert tree(tmp_path) == ["run", *(f"run/{name}" for name in files)]
 
-    written = (tmp_path / "run/metrics.jsonl").read_text()
-    metrics = [json.loads(line) for line in written.splitlines()]
+    metrics = read_history("run")
     assert [list(epoch) for epoch in metrics] == [list(grpo_mnist.METRICS)] * 2
     for line, epoch in zip(epochs, metrics, strict=True):
         assert f"Accuracy: {100 * epoch['accuracy']:.2f}%" in line

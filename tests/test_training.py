@@ -1,7 +1,6 @@
 """Whole runs: that they learn what there is to learn, count right, and repeat themselves."""
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -10,11 +9,18 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, run_program, start_program, train_in_memory
+from conftest import (
+    ROOT,
+    read_history,
+    read_json,
+    run_program,
+    start_program,
+    train_in_memory,
+)
 from flax import nnx
 
 import grpo_mnist
-from grpo_mnist import Config, load_dataset
+from grpo_mnist import Config
 
 
 def test_shuffled_labels_teach_nothing(dataset):
@@ -32,11 +38,11 @@ def test_the_documented_command_reaches_what_it_promises(mnist_dir, tmp_path):
     status, output, errors = run_program(f"--data-dir={mnist_dir}", "--output-dir=run")
     assert (status, errors) == (0, "")
     assert output.startswith("Starting GRPO on mnist training...\n")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = read_json("run/summary.json")
     assert 0.97 < summary["accuracy"] < 0.99
     assert 0.965 < summary["test_accuracy"] < 0.985
     assert summary["training_state_bytes"]["weights"] == 4 * 118_282
-    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    history = read_history("run")
     assert len(history) == 10
     for metrics in history:
         # Counted over all 10,000 test images and all 58 x 1,024 sampled answers.
@@ -52,13 +58,13 @@ def test_the_documented_command_reaches_what_it_promises(mnist_dir, tmp_path):
     assert history[0]["learning_rate"] > 0.0029
     assert history[-1]["learning_rate"] < 0.0001
 
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = read_json("run/config.json")
     assert set(Config.__dataclass_fields__) | {"versions", "device", "trained_on"} == set(config)
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
-    tmp_path, monkeypatch, capsys
+    digits, tmp_path, monkeypatch, capsys
 ):
     """A whole run with every term in the loss; its files against what train() knows."""
     states = []
@@ -85,11 +91,11 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
     output = capsys.readouterr().out
     assert output.index("INSTEAD OF MNIST") < output.index("Starting GRPO on digits training...")
     assert "8 steps of 4096 images; 3157 images left over" in output
-    history = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    history = read_history(run)
     assert history == returned
     assert [metrics["learning_rate"] for metrics in history] == [pytest.approx(3e-3)] * 3
     assert all(0 < metrics["kl"] < 3 for metrics in history)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     last = states[-1]
     digest = hashlib.sha256()
     for layer in (last.hidden_1, last.hidden_2, last.logits):
@@ -100,13 +106,12 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
     assert parts["weights"] == parts["gradients"] == parts["reference"] == 4 * 118_282
     assert parts["adam"] == pytest.approx(2 * 4 * 118_282, rel=1e-3)
     assert parts["total"] == sum(parts.values()) - parts["total"]
-    answers, _ = grpo_mnist.predict(last, load_dataset("digits", tmp_path).test_images)
-    labels = load_dataset("digits", tmp_path).test_labels
-    assert summary["test_accuracy"] == pytest.approx(np.mean(answers == labels))
-    assert json.loads((run / "config.json").read_text())["trained_on"] == "digits"
+    answers, _ = grpo_mnist.predict(last, digits.test_images)
+    assert summary["test_accuracy"] == pytest.approx(np.mean(answers == digits.test_labels))
+    assert read_json(run / "config.json")["trained_on"] == "digits"
 
 
-def test_a_terminal_gets_a_progress_bar(tmp_path):
+def test_a_terminal_gets_a_progress_bar():
     """Under `script`, standard output is a terminal; the epoch lines stay whole beside the bar."""
     if not shutil.which("script"):
         pytest.skip("needs script (util-linux) to play a terminal")
@@ -138,7 +143,7 @@ def test_evaluation_counts_every_test_image(digits):
         assert confidences[index] == pytest.approx(probabilities.max(), rel=1e-5)
 
 
-def test_the_same_seed_gives_the_same_parameters(tmp_path):
+def test_the_same_seed_gives_the_same_parameters():
     """Two processes with one seed agree to the last bit."""
     flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=8192", "--seed=3")
     processes = [start_program(*flags, f"--output-dir={run}") for run in range(2)]
@@ -146,10 +151,9 @@ def test_the_same_seed_gives_the_same_parameters(tmp_path):
     for run, process in enumerate(processes):
         _, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, "")
-        hashes.append(json.loads((tmp_path / f"{run}/summary.json").read_text())["params_sha256"])
-        lines = (tmp_path / f"{run}/metrics.jsonl").read_text().splitlines()
+        hashes.append(read_json(f"{run}/summary.json")["params_sha256"])
         timings = {"seconds": None, "images_per_second": None}
-        metrics.append([json.loads(line) | timings for line in lines])
+        metrics.append([epoch | timings for epoch in read_history(str(run))])
     assert hashes[0] == hashes[1]
     assert metrics[0] == metrics[1]
 
