@@ -66,9 +66,10 @@ import optax
 import tyro
 from flax import nnx
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from scipy.special import stdtrit
 from tensorflow_probability.substrates.jax import distributions as tfd
 
-# B images in a batch, G answers per image, A = 10 possible answers, K rounds per batch.
+# B images in a batch, G answers per image, A = 10 possible answers, K rounds per batch; S seeds.
 
 
 # --- Config: one field per flag -------------------------------------------------------------
@@ -109,16 +110,20 @@ class Config:
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
     clip_epsilon: float = 0.2  # PPO's epsilon: beyond 1 +- epsilon, a ratio gains nothing more.
     clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound; None: the same.
-    # Subtracted from a reward: the mean over the batch, or nothing (REINFORCE).
-    baseline: Literal["batch", "none"] = "batch"
-    # Divides it: the standard deviation over the batch, or nothing (as in Dr. GRPO).
-    scale_rewards: Literal["batch", "none"] = "batch"
+    # Subtracted from a reward: the mean over the batch, over the image's own answers (GRPO) or over
+    # its other answers (RLOO), a moving average, a critic's value (PPO), or nothing (REINFORCE).
+    baseline: Literal["batch", "group", "loo", "ema", "critic", "none"] = "batch"
+    # Divides it: the standard deviation over the batch or over the image's own answers, or nothing
+    # (Dr. GRPO).
+    scale_rewards: Literal["batch", "group", "none"] = "batch"
     beta: float = 0.0  # Weight of KL(policy, reference), the reference being the actor at first.
     # Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must.
     kl_estimator: Literal["exact", "k3"] = "exact"
     ref_sync_epochs: int = 0  # Make the reference the current actor every so many epochs; 0: never.
     entropy_coef: float = 0.0  # Weight of a bonus for undecided answers.
+    dynamic_sampling: bool = False  # DAPO: average over the groups that carry a signal only.
     seed: int = 0  # Decides the weights, the order of the images and every sampled answer.
+    num_seeds: int = 1  # Independent runs, seed and those after it, in one compiled program.
     output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
 
     def __post_init__(self):
@@ -136,12 +141,18 @@ class Config:
         """Yields (field, whether its value is allowed, what it must be)."""
         for name, value in vars(self).items():
             yield name, not isinstance(value, float) or math.isfinite(value), "a finite number"
-        for name in ("num_epochs", "batch_size", "num_generations", "num_iterations"):
+        for name in ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_seeds"):
             yield name, getattr(self, name) >= 1, "1 or more"
         answers = self.batch_size * self.num_generations
-        yield "num_generations", answers < 2**31, "small enough: fewer than 2**31 answers a batch"
-        compares = "batch" in (self.baseline, self.scale_rewards)
-        yield "batch_size", answers > 1 or not compares, "2 or more: a group of one learns nothing"
+        few_enough = answers * self.num_seeds < 2**31
+        yield "num_generations", few_enough, "small enough: fewer than 2**31 answers at once"
+        compared = {self.baseline, self.scale_rewards}
+        alone = answers == 1 and "batch" in compared
+        yield "batch_size", not alone, "2 or more: a group of one learns nothing"
+        alone = self.num_generations == 1 and compared & {"group", "loo"}
+        yield "num_generations", not alone, "2 or more: a group of one learns nothing"
+        useful = self.baseline in ("group", "loo") or not self.dynamic_sampling
+        yield "dynamic_sampling", useful, "off unless --baseline is group or loo"
         pieces = self.num_minibatches
         fits = pieces >= 1 and self.batch_size % pieces == 0
         yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
@@ -153,7 +164,15 @@ class Config:
         for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
             useful = self.beta > 0 or getattr(self, name) == unused
             yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
-        yield "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"
+        yield (
+            "seed",
+            0 <= self.seed <= 2**32 - self.num_seeds,
+            "0 or more, and the last below 2**32",
+        )
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
 
     @property
     def upper_clip_epsilon(self) -> float:
@@ -340,44 +359,72 @@ def load_digits() -> Dataset:
 
 
 def batches(dataset: Dataset, config: Config, epoch: int) -> Iterator[tuple]:
-    """Yields an epoch's full batches, images (B, 784) and labels (B,), of the training set.
+    """Yields an epoch's full batches, images (S, B, 784) and labels (S, B), of the training set.
 
-    Their order depends on (seed, epoch) alone. The images that do not fill a batch are left
-    over, other ones in each epoch.
+    Each seed has an order of its own, which depends on (seed, epoch) alone. The images that do
+    not fill a batch are left over, other ones in each epoch.
     """
-    order = np.random.default_rng((config.seed, epoch)).permutation(len(dataset.train_images))
-    for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
-        chosen = order[start : start + config.batch_size]
+    num_images = len(dataset.train_images)
+    orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
+    for start in range(0, num_images - config.batch_size + 1, config.batch_size):
+        chosen = np.stack([order[start : start + config.batch_size] for order in orders])
         yield dataset.train_images[chosen], dataset.train_labels[chosen]
 
 
 # --- Actor: the policy ----------------------------------------------------------------------
 
 
-class Actor(nnx.Module):
-    """The policy: float32 images (B, in_features), grey values 0 to 1 -> B distributions.
-
-    in_features -> 128 -> ReLU -> 128 -> ReLU -> out_features logits: 118,282 parameters for 784
-    and 10.
-    """
+class Network(nnx.Module):
+    """in_features -> 128 -> ReLU -> 128 -> ReLU -> out_features, of float32 (B, in_features)."""
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
         self.hidden_1 = nnx.Linear(in_features, 128, rngs=rngs)
         self.hidden_2 = nnx.Linear(128, 128, rngs=rngs)
-        self.logits = nnx.Linear(128, out_features, rngs=rngs)
+        self.output = nnx.Linear(128, out_features, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> tfd.Categorical:
+    def __call__(self, images):
         hidden = nnx.relu(self.hidden_1(images))  # (B, 128)
         hidden = nnx.relu(self.hidden_2(hidden))  # (B, 128)
-        return tfd.Categorical(logits=self.logits(hidden))  # over A answers, for each of B images
+        return self.output(hidden)  # (B, out_features)
+
+
+class Actor(Network):
+    """The policy: for each of B images, grey values 0 to 1, a distribution over A answers.
+
+    Network with a logit for each answer: 118,282 parameters for 784 features and 10 answers.
+    """
+
+    def __call__(self, images: jax.Array) -> tfd.Categorical:
+        return tfd.Categorical(logits=super().__call__(images))
+
+
+def sample_answers(policy, num_generations, key):
+    """G answers to each image, drawn from its distribution -> int32 (B, G).
+
+    By inverse transform sampling: the answer at which the probabilities, added up, pass a uniform
+    random number. That takes one random number an answer; policy.sample takes ten.
+    """
+    cumulative = jnp.cumsum(policy.probs_parameter(), axis=1)  # (B, A)
+    uniform = jax.random.uniform(key, (len(cumulative), num_generations, 1))
+    return (uniform >= cumulative[:, None, :-1]).sum(axis=2)
 
 
 def log_probs_of(policy, actions):
     """log pi(action | image) of actions int (B, G) -> float32 (B, G)."""
-    return policy.log_prob(actions.T).T  # TFP puts the axis of the samples first
+    log_probs = jax.nn.log_softmax(policy.logits)  # (B, A), once for all the answers
+    return jnp.take_along_axis(log_probs, actions, axis=1)
+
+
+class Critic(Network):
+    """PPO's value network: the reward to expect for each of B images -> float32 (B, 1).
+
+    Only baseline="critic" has one: 117,121 parameters more, what GRPO does without.
+    """
 
 
 # --- Rewards and advantages -----------------------------------------------------------------
+
+GROUP_AXES = {"batch": (0, 1), "group": 1, "loo": 1}  # of rewards (B, G): what makes up a group
 
 
 @jax.jit
@@ -387,32 +434,57 @@ def calculate_rewards(actions, labels):
 
 
 @partial(jax.jit, static_argnames=("baseline", "scale_rewards"))
-def group_advantages(rewards, *, baseline, scale_rewards):
-    """How much better than its group each answer did: any real rewards (B, G) -> float32 (B, G).
+def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=None):
+    """How much better than expected each answer did: any real rewards (B, G) -> float32 (B, G).
 
-    (r - mean(r)) / (std(r) + 1e-8): DeepSeekMath (arXiv 2402.03300), section 4.1.2, with 1e-8
-    added; here the whole batch is the group. "none" leaves out the mean (baseline) or the
-    deviation (scale_rewards), which is a population one (ddof=0). Subtracting a mean does not
-    change a deviation, so it does not matter which is taken first. A group of equal rewards gets
-    0, unless both are "none": then the rewards stay as they are. ValueError for other names.
+    (r - baseline) / (deviation + 1e-8). "group" for both is GRPO (DeepSeekMath, arXiv 2402.03300,
+    section 4.1.2; the 1e-8 is added), "loo" RLOO (arXiv 2402.14740, section 2.3), "group" without
+    deviation Dr. GRPO (arXiv 2503.20783, section 3.2); with "batch" the batch is the group. "ema"
+    and "critic" subtract expected_rewards, a moving average () or values (B, 1).
+
+    Deviations are population ones (ddof=0), and of the rewards, before anything is subtracted.
+    After it they would be the same where a group shares one baseline: "batch", "group" by "group",
+    "ema" (an average of rewards not yet divided: of divided ones it would be another), but not
+    "critic" over a batch, nor "loo". A group of equal rewards gets exactly 0 wherever its own mean
+    or deviation is used. ValueError for other names.
     """
-    if not {baseline, scale_rewards} <= {"batch", "none"}:
-        raise ValueError(f"baseline {baseline!r} or scale_rewards {scale_rewards!r} is unknown")
     rewards = jnp.asarray(rewards, jnp.float32)
-    advantages = rewards
-    if baseline == "batch":
-        advantages = advantages - rewards.mean()
-    if scale_rewards == "batch":
-        advantages = advantages / (rewards.std() + 1e-8)
-    if baseline == scale_rewards == "none":
-        return advantages
-    # Equal rewards must give 0 even where rounding puts their mean beside them.
-    return jnp.where(all_equal(rewards), 0.0, advantages)
+    own_mean, others = rewards.mean(axis=1, keepdims=True), rewards.shape[1] - 1
+    baselines = {
+        "batch": rewards.mean(),
+        "group": own_mean,
+        "loo": own_mean - (rewards - own_mean) / others,  # the mean of the other answers
+        "ema": expected_rewards,
+        "critic": expected_rewards,
+        "none": 0.0,
+    }
+    scales = {
+        "batch": rewards.std() + 1e-8,
+        "group": rewards.std(axis=1, keepdims=True) + 1e-8,
+        "none": 1.0,
+    }
+    if baseline not in baselines or scale_rewards not in scales:
+        raise ValueError(f"baseline {baseline!r} or scale_rewards {scale_rewards!r} is unknown")
+    advantages = (rewards - baselines[baseline]) / scales[scale_rewards]
+    for name in {baseline, scale_rewards} & set(GROUP_AXES):
+        # Equal rewards must give 0 even where rounding puts their mean beside them.
+        advantages = jnp.where(all_equal(rewards, GROUP_AXES[name]), 0.0, advantages)
+    return advantages
 
 
-def all_equal(rewards):
-    """Whether the group has nothing to compare: rewards float (B, G) -> bool, a scalar."""
-    return rewards.max() == rewards.min()
+def all_equal(rewards, axes):
+    """Whether a group has nothing to compare: rewards (B, G) -> bool (B, 1), or (1, 1) a batch."""
+    return rewards.max(axes, keepdims=True) == rewards.min(axes, keepdims=True)
+
+
+def average_over_signals(advantages):
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), without sampling anew.
+
+    The loss is a mean over all answers and proportional to the advantages (B, G); divided by the
+    share of the images with an advantage other than 0, it is a mean over those images' answers.
+    """
+    share = (advantages != 0).any(axis=1).mean()
+    return advantages / jnp.maximum(share, 1 / len(advantages))
 
 
 # --- Loss -----------------------------------------------------------------------------------
@@ -442,15 +514,32 @@ def kl_to_reference(policy, reference, actions, estimator):
     return (jnp.exp(log_ratio) - log_ratio - 1).mean()
 
 
+def value_loss(values, rewards):
+    """The critic's squared error: values (B, 1), rewards (B, G) -> a scalar. PPO, equation 9.
+
+    Without that equation's weight c1: actor and critic share no parameter, and the size of Adam's
+    steps does not depend on the scale of a gradient.
+    """
+    return ((values - rewards) ** 2).mean()
+
+
 # --- Training step --------------------------------------------------------------------------
+
+
+class Networks(NamedTuple):
+    """What is trained, each with gradients and Adam's moments of its own."""
+
+    actor: Actor
+    critic: Critic | None  # None unless baseline is critic
 
 
 class TrainState(NamedTuple):
     """Everything that a training step replaces."""
 
-    actor: Actor
+    networks: Networks
     optimizer_state: optax.OptState
     reference: Actor | None  # None while beta is 0
+    moving_average: jax.Array  # float32 (), of the batches' mean rewards
     key: jax.Array
 
 
@@ -467,34 +556,41 @@ class Rollout(NamedTuple):
 
 @partial(jax.jit, static_argnames=("optimizer", "config"))
 def create_train_state(key, *, optimizer, config):
-    """A fresh actor, its Adam state, and a copy of it as the reference if there is a KL term."""
-    key, actor_key = jax.random.split(key)
+    """A fresh actor, a critic if it is the baseline, a copy of the actor if there is a KL term."""
+    key, actor_key, critic_key = jax.random.split(key, 3)
     actor = Actor(784, 10, rngs=nnx.Rngs(actor_key))
+    critic = Critic(784, 1, rngs=nnx.Rngs(critic_key)) if config.baseline == "critic" else None
     reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
-    return TrainState(actor, optimizer.init(actor), reference, key)
+    networks = Networks(actor, critic)
+    return TrainState(networks, optimizer.init(networks), reference, jnp.zeros(()), key)
 
 
 def sample_rollout(state, images, labels, key, config):
     """Lets the actor answer each image G times: uint8 (B, 784), int32 (B,) -> a Rollout."""
     images = images.astype(jnp.float32) / 255  # (B, 784)
-    policy = state.actor(images)
-    actions = policy.sample(config.num_generations, seed=key).T  # (B, G), from one forward pass
+    actor, critic = state.networks
+    policy = actor(images)
+    actions = sample_answers(policy, config.num_generations, key)  # (B, G), from one forward pass
     rewards = calculate_rewards(actions, labels)
+    advantages = group_advantages(
+        rewards,
+        baseline=config.baseline,
+        scale_rewards=config.scale_rewards,
+        expected_rewards=critic(images) if critic else state.moving_average,
+    )
     return Rollout(
         images,
         actions,
         old_log_probs=log_probs_of(policy, actions),
         rewards=rewards,
-        advantages=group_advantages(
-            rewards, baseline=config.baseline, scale_rewards=config.scale_rewards
-        ),
+        advantages=average_over_signals(advantages) if config.dynamic_sampling else advantages,
         reference_logits=state.reference(images).logits if config.beta > 0 else None,
     )
 
 
-def loss_fn(actor, rollout, config):
+def loss_fn(networks, rollout, config):
     """What an update lowers: a scalar, and the metrics of the update, scalars by name."""
-    policy = actor(rollout.images)
+    policy = networks.actor(rollout.images)
     log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
     old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
     epsilon_low, epsilon_high = config.clip_epsilon, config.upper_clip_epsilon
@@ -508,6 +604,8 @@ def loss_fn(actor, rollout, config):
         kl = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
         loss = loss + config.beta * kl
         metrics["kl"] = kl
+    if config.baseline == "critic":
+        loss = loss + value_loss(networks.critic(rollout.images), rollout.rewards)
     ratio = jnp.exp(log_probs - old_log_probs)
     metrics["loss"] = loss
     metrics["ratio_max"] = ratio.max()
@@ -516,12 +614,11 @@ def loss_fn(actor, rollout, config):
     return loss, metrics
 
 
-@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("optimizer", "config"))
 def train_step(state, images, labels, *, optimizer, config):
     """One batch: sample, reward, compare, and K rounds of updates (DeepSeekMath, algorithm 1).
 
-    images uint8 (B, 784), labels int32 (B,) -> the new state, metrics (scalars by name). The old
-    state's memory is reused: do not touch it again.
+    images uint8 (B, 784), labels int32 (B,) -> the new state, metrics (scalars by name).
     """
     key, sampling_key = jax.random.split(state.key)
     rollout = sample_rollout(state, images, labels, sampling_key, config)
@@ -529,26 +626,29 @@ def train_step(state, images, labels, *, optimizer, config):
 
     def update(state, start):
         minibatch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rollout)
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.actor, minibatch, config)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.actor)
-        metrics["grad_norm"] = optax.tree.norm(gradients)
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.networks, minibatch, config)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
+        metrics["grad_norm"] = optax.tree.norm(gradients.actor)
         metrics["learning_rate"] = optimizer_state.hyperparams["learning_rate"]
-        actor = optax.apply_updates(state.actor, updates)
-        return state._replace(actor=actor, optimizer_state=optimizer_state), metrics
+        networks = optax.apply_updates(state.networks, updates)
+        return state._replace(networks=networks, optimizer_state=optimizer_state), metrics
 
+    moving_average = 0.9 * state.moving_average + 0.1 * rollout.rewards.mean()
+    state = state._replace(key=key, moving_average=moving_average)
     starts = jnp.tile(jnp.arange(0, config.batch_size, size), config.num_iterations)  # K rounds
     # Up to four updates are unrolled, and the first shares its forward pass with the sampling.
-    state, metrics = jax.lax.scan(update, state._replace(key=key), starts, unroll=4)
+    state, metrics = jax.lax.scan(update, state, starts, unroll=4)
     metrics = {name: summarize(name, values) for name, values in metrics.items()}
     metrics["accuracy"] = rollout.rewards.mean()
     metrics["reward_std"] = rollout.rewards.std()
-    metrics["frac_reward_zero_std"] = all_equal(rollout.rewards).astype(jnp.float32)
+    groups = GROUP_AXES.get(config.baseline, GROUP_AXES["batch"])
+    metrics["frac_reward_zero_std"] = all_equal(rollout.rewards, groups).mean()
     return state, metrics
 
 
 def summarize(name, values):
     """One number for many of the same metric: their mean; of ratio_max, the maximum."""
-    return values.max() if name == "ratio_max" else values.mean()
+    return values.max(axis=0) if name == "ratio_max" else values.mean(axis=0)
 
 
 # --- Evaluation -----------------------------------------------------------------------------
@@ -579,43 +679,56 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
             f" training images of {dataset.name}; choose a smaller one"
         )
     output_dir = open_output_dir(config, dataset)
-    optimizer = create_optimizer(config, config.num_epochs * steps_per_epoch)
-    state = create_train_state(jax.random.key(config.seed), optimizer=optimizer, config=config)
+    state, step, predict_all = prepare(config, config.num_epochs * steps_per_epoch)
     announce(config, dataset, state, output_dir)
-    example = next(batches(dataset, config, epoch=1))
-    step = train_step.lower(state, *example, optimizer=optimizer, config=config).compile()
+    step = step.lower(state, *next(batches(dataset, config, epoch=1))).compile()
     history = []
     with progress_bar(config.num_epochs * steps_per_epoch) as advance:
         for epoch in range(1, config.num_epochs + 1):
             state = sync_reference(state, config, epoch)
             stream = batches(dataset, config, epoch)
-            state, metrics = train_epoch(step, state, stream, advance, signals)
-            answers, confidences = jax.device_get(predict(state.actor, dataset.test_images))
-            metrics["epoch"] = epoch
-            metrics["test_accuracy"] = float(np.mean(answers == dataset.test_labels))
-            check_finite(metrics, state.actor)
-            history.append({name: metrics.get(name) for name in METRICS})
+            state, metrics, seconds = train_epoch(step, state, stream, advance, signals)
+            answers, confidences = jax.device_get(
+                predict_all(state.networks.actor, dataset.test_images)
+            )
+            metrics["test_accuracy"] = np.mean(answers == dataset.test_labels, axis=1)
+            check_finite(metrics, state.networks, config, epoch)
+            history.append(epoch_record(metrics, config, epoch, seconds, steps_per_epoch))
             report_epoch(history, config, output_dir)
-    summary = summarize_run(history, dataset, state, time.perf_counter() - began)
+    summary = summarize_run(metrics, config, dataset, state, time.perf_counter() - began)
     write_json(output_dir / "summary.json", summary)
-    plot_curves(history, dataset, answers, confidences, output_dir)
+    plot_curves(history, config, dataset, answers[0], confidences[0], output_dir)
     announce_end(summary, output_dir)
     return history
 
 
-def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, dict[str, float]]:
+def prepare(config: Config, num_steps: int) -> tuple[TrainState, Callable, Callable]:
+    """A fresh state, and train_step and predict, for S seeds at once in one program each.
+
+    State, batches and results have a leading axis of size S; the images to predict are shared.
+    The step reuses the memory of the state that it is given: do not touch that again.
+    """
+    optimizer = create_optimizer(config, num_steps)
+    create, step = (
+        jax.vmap(partial(function, optimizer=optimizer, config=config))
+        for function in (create_train_state, train_step)
+    )
+    state = jax.jit(create)(jnp.stack([jax.random.key(seed) for seed in config.seeds]))
+    predict_all = jax.jit(jax.vmap(predict, in_axes=(0, None)))
+    return state, jax.jit(step, donate_argnums=0), predict_all
+
+
+def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, dict, float]:
     """Streams an epoch's batches through the step, calling advance after each.
 
-    The metrics are means over the epoch, ratio_max the maximum. Nothing waits for the device
-    before the last batch is on its way. Raises Interrupted as train does.
+    Returns the state, the metrics (S,) by name, averaged over the epoch, and the seconds. Nothing
+    waits for the device before the last batch is on its way. Raises Interrupted as train does.
     """
     began = time.perf_counter()
     step_metrics = []
-    num_images = 0
     for images, labels in stream:
         state, metrics = step(state, images, labels)
         step_metrics.append(metrics)
-        num_images += len(images)
         advance()
         if signals:
             jax.block_until_ready(state)  # JAX can crash if Python ends during a step
@@ -623,8 +736,7 @@ def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, d
     step_metrics = jax.device_get(step_metrics)
     seconds = time.perf_counter() - began
     by_name = jax.tree.map(lambda *values: np.stack(values), *step_metrics)
-    epoch_metrics = {name: float(summarize(name, values)) for name, values in by_name.items()}
-    return state, epoch_metrics | {"seconds": seconds, "images_per_second": num_images / seconds}
+    return state, {name: summarize(name, values) for name, values in by_name.items()}, seconds
 
 
 def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
@@ -640,24 +752,27 @@ def sync_reference(state: TrainState, config: Config, epoch: int) -> TrainState:
     """Makes the reference the current actor, where the epoch is one for it."""
     if config.ref_sync_epochs == 0 or epoch == 1 or (epoch - 1) % config.ref_sync_epochs:
         return state
-    return state._replace(reference=jax.tree.map(jnp.copy, state.actor))
+    return state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
 
 
-def check_finite(metrics: dict[str, Any], actor: Actor) -> None:
-    """Raises RunError, naming the epoch and the quantity, if a number is no longer one."""
-    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if not all(np.isfinite(parameter).all() for parameter in jax.tree.leaves(actor)):
-        wrong.append("the actor's parameters")
-    if wrong:
-        raise RunError(
-            f"epoch {metrics['epoch']}: not finite: {', '.join(wrong)}; what earlier epochs wrote"
-            " stays; try a smaller --learning-rate"
-        )
+def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) -> None:
+    """Raises RunError, naming epoch, seed and quantity, if a number is no longer one."""
+    finite = {name: np.isfinite(values) for name, values in metrics.items()}
+    finite["the parameters"] = np.all(
+        [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in jax.tree.leaves(networks)], axis=0
+    )
+    for index, seed in enumerate(config.seeds):
+        if wrong := [name for name in finite if not finite[name][index]]:
+            raise RunError(
+                f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}; what earlier epochs"
+                " wrote stays; try a smaller --learning-rate"
+            )
 
 
 # --- Reporting ------------------------------------------------------------------------------
 
-METRICS = (  # means over the epoch: of rewards over its batches, of the loss over its updates
+METRICS = (  # means over the epoch: of rewards over its batches, of the loss over its updates;
+    # with several seeds, means over these too, timing and learning rate apart
     "epoch",  # 1 is the first
     "accuracy",  # share of the sampled answers that were right: the mean reward
     "test_accuracy",  # share of the test images whose likeliest answer is right
@@ -700,54 +815,95 @@ def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Pa
     """Says what is about to happen, before the first long wait."""
     num_images = len(dataset.train_images)
     steps, left_over = divmod(num_images, config.batch_size)
-    num_parameters = sum(parameter.size for parameter in jax.tree.leaves(state.actor))
+    sizes = {
+        name: sum(leaf[0].size for leaf in jax.tree.leaves(network))
+        for name, network in state.networks._asdict().items()
+    }
+    critic = f"{sizes['critic']:,} parameters" if sizes["critic"] else "none"
     versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
     say(f"Starting GRPO on {dataset.name} training...")
     say(f"Device: {describe_devices()}; {versions}")
-    say(f"Actor: {num_parameters:,} parameters; critic: none")
+    say(f"Actor: {sizes['actor']:,} parameters; critic: {critic}; {describe_seeds(config)}")
     say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
     say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
     say(f"Output: {output_dir}")
 
 
+def describe_seeds(config: Config) -> str:
+    first, last = config.seeds[0], config.seeds[-1]
+    return f"seed {first}" if first == last else f"seeds {first} to {last}, mean and 95% interval"
+
+
+def epoch_record(metrics, config, epoch, seconds, num_steps) -> dict[str, Any]:
+    """A line of metrics.jsonl, from the metrics (S,) by name."""
+    figures = over_seeds(metrics)
+    images_per_second = num_steps * config.batch_size * config.num_seeds / seconds
+    figures |= {"epoch": epoch, "seconds": seconds, "images_per_second": images_per_second}
+    return {name: figures.pop(name, None) for name in METRICS} | figures
+
+
+def over_seeds(by_seed: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means of figures (S,) by name; of several seeds also their values, and the 95% intervals.
+
+    An interval is mean +- t * deviation (ddof=1) / sqrt(S), of Student's t distribution with S - 1
+    degrees of freedom; interval_95 is what follows the +-.
+    """
+    by_seed = {name: np.asarray(values, np.float64) for name, values in by_seed.items()}
+    figures = {name: values.mean().item() for name, values in by_seed.items()}
+    num_seeds = len(by_seed["accuracy"])
+    if num_seeds > 1:
+        factor = stdtrit(num_seeds - 1, 0.975) / math.sqrt(num_seeds)
+        figures["interval_95"] = {
+            name: (factor * values.std(ddof=1)).item() for name, values in by_seed.items()
+        }
+        figures["by_seed"] = {name: values.tolist() for name, values in by_seed.items()}
+    return figures
+
+
+def percent(figures: dict[str, Any], name: str) -> str:
+    """Such as "97.86%", or of several seeds "97.86% +- 0.09%"."""
+    interval = f" +- {figures['interval_95'][name]:.2%}" if "interval_95" in figures else ""
+    return f"{figures[name]:.2%}{interval}"
+
+
 def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path) -> None:
     """Prints the last epoch's line and brings metrics.jsonl up to date."""
-    lines = [json.dumps(metrics) + "\n" for metrics in history]
+    lines = [json.dumps(record) + "\n" for record in history]
     write_file(output_dir / "metrics.jsonl", "".join(lines).encode())
     last = history[-1]
     say(
-        f"Epoch {last['epoch']}/{config.num_epochs}, Accuracy: {last['accuracy']:.2%},"
-        f" test {last['test_accuracy']:.2%}, {last['seconds']:.2f} s,"
+        f"Epoch {last['epoch']}/{config.num_epochs}, Accuracy: {percent(last, 'accuracy')},"
+        f" test {percent(last, 'test_accuracy')}, {last['seconds']:.2f} s,"
         f" {last['images_per_second']:,.0f} images/s"
     )
 
 
-def summarize_run(history, dataset, state, seconds: float) -> dict[str, Any]:
-    """What summary.json holds; seconds are those of the whole run."""
-    last = history[-1]
-    return {
-        "dataset": dataset.name,
-        "num_epochs": last["epoch"],
-        "accuracy": last["accuracy"],
-        "test_accuracy": last["test_accuracy"],
+def summarize_run(metrics, config, dataset, state, seconds: float) -> dict[str, Any]:
+    """What summary.json holds, from the last epoch's metrics; the seconds of the whole run."""
+    figures = {"dataset": dataset.name, "num_epochs": config.num_epochs}
+    figures |= over_seeds({name: metrics[name] for name in ("accuracy", "test_accuracy")})
+    return figures | {
         "seconds": seconds,
         "training_state_bytes": training_state_bytes(state),
-        "params_sha256": params_sha256(state.actor),
+        "params_sha256": params_sha256(state.networks.actor),
     }
 
 
 def announce_end(summary: dict[str, Any], output_dir: Path) -> None:
+    accuracy, test_accuracy = percent(summary, "accuracy"), percent(summary, "test_accuracy")
     say("--- Training completed! ---")
     say(
-        f"Accuracy {summary['accuracy']:.2%}, test accuracy {summary['test_accuracy']:.2%}"
+        f"Accuracy {accuracy}, test accuracy {test_accuracy}"
         f" after {summary['num_epochs']} epochs and {summary['seconds']:.1f} s"
     )
     say(f"params_sha256: {summary['params_sha256']}")
     say(f"Learning curve: {output_dir / 'curves.png'}")
 
 
-def plot_curves(history, dataset, answers, confidences, output_dir: Path) -> None:
-    """Draws curves.png: accuracy by epoch; twelve wrong test answers, from sure to doubtful."""
+def plot_curves(history, config, dataset, answers, confidences, output_dir: Path) -> None:
+    """Draws curves.png: accuracy by epoch, of several seeds with the 95% interval as a band; and
+    twelve wrong test answers of the first seed, from sure to doubtful.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
@@ -757,16 +913,22 @@ def plot_curves(history, dataset, answers, confidences, output_dir: Path) -> Non
         ("accuracy", "o-", "training images, sampled answers"),
         ("test_accuracy", "s--", "test images, likeliest answer"),
     ):
-        percent = [100 * metrics[name] for metrics in history]
-        axes.plot([metrics["epoch"] for metrics in history], percent, style, label=label)
-    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"GRPO on {dataset.name}")
+        epochs = [record["epoch"] for record in history]
+        mean = np.array([100 * record[name] for record in history])
+        axes.plot(epochs, mean, style, label=label)
+        if config.num_seeds > 1:
+            margin = np.array([100 * record["interval_95"][name] for record in history])
+            axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.25)
+    title = f"GRPO on {dataset.name}, {describe_seeds(config)}"
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     wrong = np.flatnonzero(answers != dataset.test_labels)
     wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
     shown = wrong[:: max(1, -(-len(wrong) // 12))]
-    right.suptitle(f"{len(wrong):,} of {len(answers):,} test images wrong; some, surest first")
+    counts = f"{len(wrong):,} of {len(answers):,}"
+    right.suptitle(f"Seed {config.seed}: {counts} test images wrong; some, surest first")
     for axes, index in itertools.zip_longest(right.subplots(3, 4).flat, shown):
         axes.axis("off")
         if index is not None:
@@ -778,18 +940,23 @@ def plot_curves(history, dataset, answers, confidences, output_dir: Path) -> Non
     write_file(output_dir / "curves.png", picture.getvalue())
 
 
-def training_state_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes that training keeps: weights, their gradients, Adam's moments, the reference."""
-    weights, adam, reference = (
-        sum(leaf.nbytes for leaf in jax.tree.leaves(part))
-        for part in (state.actor, state.optimizer_state, state.reference)
-    )
-    parts = {"weights": weights, "gradients": weights, "adam": adam, "reference": reference}
-    return parts | {"total": sum(parts.values())}
+def training_state_bytes(state: TrainState) -> dict[str, Any]:
+    """Bytes that training keeps for each seed: weights, their gradients, Adam's two moments."""
+    first, second = (optax.tree.get(state.optimizer_state, name) for name in ("mu", "nu"))
+
+    def count(tree: Any) -> int:
+        return sum(leaf[0].nbytes for leaf in jax.tree.leaves(tree))
+
+    sizes = {}
+    for name, network in state.networks._asdict().items():
+        adam = count(getattr(first, name)) + count(getattr(second, name))
+        sizes[name] = {"weights": count(network), "gradients": count(network), "adam": adam}
+    sizes["reference"] = {"weights": count(state.reference)}
+    return sizes | {"total": sum(sum(parts.values()) for parts in sizes.values())}
 
 
 def params_sha256(actor: Actor) -> str:
-    """SHA-256 over the bytes of the parameters, in the order of their names."""
+    """SHA-256 over the bytes of the parameters, in the order of their names, all seeds in each."""
     parameters = jax.device_get(jax.tree.leaves(actor))
     return hashlib.sha256(b"".join(x.tobytes() for x in parameters)).hexdigest()
 

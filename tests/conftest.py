@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -117,19 +116,13 @@ def tree(directory):
 
 def train_in_memory(dataset, config):
     """The main loop's own functions, without the printing and the files."""
-    steps = len(dataset.train_images) // config.batch_size
-    optimizer = grpo_mnist.create_optimizer(config, config.num_epochs * steps)
-    key = jax.random.key(config.seed)
-    state = grpo_mnist.create_train_state(key, optimizer=optimizer, config=config)
-
-    def step(state, images, labels):
-        return grpo_mnist.train_step(state, images, labels, optimizer=optimizer, config=config)
-
+    num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
+    state, step, predict_all = grpo_mnist.prepare(config, num_steps)
     history = []
     for epoch in range(1, config.num_epochs + 1):
         batches = grpo_mnist.batches(dataset, config, epoch)
-        state, metrics = grpo_mnist.train_epoch(step, state, batches, lambda: None)
-        answers, _ = grpo_mnist.predict(state.actor, dataset.test_images)
-        metrics["test_accuracy"] = np.mean(answers == dataset.test_labels)
-        history.append(metrics)
+        state, metrics, _ = grpo_mnist.train_epoch(step, state, batches, lambda: None)
+        answers, _ = predict_all(state.networks.actor, dataset.test_images)
+        metrics["test_accuracy"] = np.mean(answers == dataset.test_labels, axis=1)
+        history.append(grpo_mnist.over_seeds(metrics))
     return history

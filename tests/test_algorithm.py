@@ -1,5 +1,6 @@
 """The formulas against numbers worked out by hand, and the step against a NumPy loop."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,14 +11,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.stats import chi2
 from tensorflow_probability.substrates.jax import distributions as tfd
 
 import grpo_mnist
-from grpo_mnist import Actor, Config, calculate_rewards, group_advantages, ppo_clip_loss
+from grpo_mnist import Actor, Config, Critic, calculate_rewards, group_advantages, ppo_clip_loss
 
-BASELINES = ("batch", "none")
-SCALES = ("batch", "none")
-SHAPES = st.sampled_from([(1, 1), (1, 8), (8, 1), (5, 7), (300, 1)])  # each is compiled once
+BASELINES = ("batch", "group", "loo", "ema", "critic", "none")
+SCALES = ("batch", "group", "none")
+SHAPES = st.sampled_from([(1, 1), (1, 8), (5, 7), (300, 1)])  # each is compiled once
 REWARDS = SHAPES.flatmap(
     lambda shape: hnp.arrays(np.float32, shape, elements=st.floats(-100, 100, width=32))
 )
@@ -67,45 +69,157 @@ def test_advantages_by_hand(right, wrong, advantage_right, advantage_wrong):
     np.testing.assert_allclose(advantages[right:], advantage_wrong, atol=1e-4)
 
 
-def test_advantages_of_real_rewards_by_hand():
-    rewards = [[7.2, 8.5, 6.1, 9.0, 7.8, 6.5, 8.2, 7.5]]  # their mean is 7.6
-    advantages = group_advantages(rewards, baseline="batch", scale_rewards="none")
-    np.testing.assert_allclose(
-        advantages, [[-0.4, 0.9, -1.5, 1.4, 0.2, -1.1, 0.6, -0.1]], atol=1e-5
+EIGHT_REWARDS = [[7.2, 8.5, 6.1, 9.0, 7.8, 6.5, 8.2, 7.5]]  # their mean is 7.6
+
+
+@pytest.mark.parametrize("baseline", ["batch", "group"])
+def test_advantages_of_real_rewards_by_hand(baseline):
+    advantages = group_advantages(EIGHT_REWARDS, baseline=baseline, scale_rewards="none")
+    expected = [[-0.4, 0.9, -1.5, 1.4, 0.2, -1.1, 0.6, -0.1]]
+    np.testing.assert_allclose(advantages, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "scale_rewards", "expected"),
+    # Two images with three answers each. All six: mean 2, deviation sqrt(8 / 6) = 1.1547; the
+    # first image's: mean 1, deviation sqrt(2 / 3) = 0.8165; the second's are equal.
+    [
+        ("batch", "none", [[-2, -1, 0], [1, 1, 1]]),
+        ("group", "none", [[-1, 0, 1], [0, 0, 0]]),
+        ("loo", "none", [[-1.5, 0, 1.5], [0, 0, 0]]),
+        ("ema", "none", [[-0.5, 0.5, 1.5], [2.5, 2.5, 2.5]]),
+        ("critic", "none", [[-1, 0, 1], [-1, -1, -1]]),
+        ("none", "none", [[0, 1, 2], [3, 3, 3]]),
+        ("batch", "batch", [[-1.7321, -0.8660, 0], [0.8660, 0.8660, 0.8660]]),
+        ("group", "batch", [[-0.8660, 0, 0.8660], [0, 0, 0]]),
+        ("group", "group", [[-1.2247, 0, 1.2247], [0, 0, 0]]),
+        ("loo", "group", [[-1.8371, 0, 1.8371], [0, 0, 0]]),
+        ("batch", "group", [[-2.4495, -1.2247, 0], [0, 0, 0]]),
+        ("critic", "batch", [[-0.8660, 0, 0.8660], [-0.8660, -0.8660, -0.8660]]),
+    ],
+)
+def test_every_baseline_by_hand(baseline, scale_rewards, expected):
+    expected_rewards = {"ema": 0.5, "critic": np.array([[1.0], [4.0]])}.get(baseline)
+    advantages = group_advantages(
+        [[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]],
+        baseline=baseline,
+        scale_rewards=scale_rewards,
+        expected_rewards=expected_rewards,
     )
+    np.testing.assert_allclose(advantages, expected, atol=1e-4)
 
 
-def advantages_by_loop(rewards, baseline, scale_rewards):
-    """The definition, one reward after the other, in Python's own float64."""
-    values = [float(reward) for row in rewards for reward in row]
-    mean = sum(values) / len(values)
-    deviation = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
-    advantages = [value - mean if baseline == "batch" else value for value in values]
-    if scale_rewards == "batch":
-        advantages = [advantage / (deviation + 1e-8) for advantage in advantages]
-    if len(set(values)) == 1 and "batch" in (baseline, scale_rewards):
-        advantages = [0.0] * len(values)
-    return np.reshape(advantages, np.shape(rewards))
+def advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards=None):
+    """The definitions, one reward after the other, in Python's own float64."""
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    def deviation(values):
+        return mean([(value - mean(values)) ** 2 for value in values]) ** 0.5
+
+    rows = [[float(reward) for reward in row] for row in rewards]
+    batch = [reward for row in rows for reward in row]
+    advantages = np.zeros(np.shape(rewards))
+    for image, answer in np.ndindex(advantages.shape):
+        own = rows[image]
+        group = own if {baseline, scale_rewards} & {"group", "loo"} else batch
+        if len(set(group)) == 1 and {baseline, scale_rewards} & {"batch", "group", "loo"}:
+            continue  # nothing to compare: 0
+        if len(set(batch)) == 1 and "batch" in (baseline, scale_rewards):
+            continue
+        advantage = own[answer]
+        if baseline == "batch":
+            advantage -= mean(batch)
+        elif baseline == "group":
+            advantage -= mean(own)
+        elif baseline == "loo":
+            advantage -= mean(own[:answer] + own[answer + 1 :])
+        elif baseline in ("ema", "critic"):
+            advantage -= np.broadcast_to(expected_rewards, (len(rows), 1))[image, 0]
+        if scale_rewards != "none":
+            advantage /= deviation(batch if scale_rewards == "batch" else own) + 1e-8
+        advantages[image, answer] = advantage
+    return advantages
 
 
 @pytest.mark.parametrize("scale_rewards", SCALES)
 @pytest.mark.parametrize("baseline", BASELINES)
-@given(rewards=REWARDS)
-@settings(max_examples=60)
-def test_advantages_against_a_loop(baseline, scale_rewards, rewards):
+@given(rewards=REWARDS, expected_reward=st.floats(-10, 10, width=32))
+@settings(max_examples=40)
+def test_advantages_against_a_loop(baseline, scale_rewards, rewards, expected_reward):
     rewards = np.round(rewards, 2)  # no deviations below what float32 can tell from 0
-    advantages = group_advantages(rewards, baseline=baseline, scale_rewards=scale_rewards)
+    expected_rewards = np.float32(expected_reward)
+    if baseline == "critic":
+        expected_rewards = expected_rewards + np.arange(len(rewards), dtype=np.float32)[:, None]
+    advantages = group_advantages(
+        rewards,
+        baseline=baseline,
+        scale_rewards=scale_rewards,
+        expected_rewards=expected_rewards,
+    )
     assert advantages.dtype == jnp.float32
-    expected = advantages_by_loop(rewards, baseline, scale_rewards)
+    expected = advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards)
     np.testing.assert_allclose(advantages, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("scale_rewards", SCALES)
+@pytest.mark.parametrize("baseline", ["batch", "group", "loo"])
 @given(reward=st.floats(-1e6, 1e6, width=32), shape=SHAPES)
-def test_equal_rewards_give_exactly_zero(scale_rewards, reward, shape):
+@settings(max_examples=40)
+def test_equal_rewards_give_exactly_zero(baseline, scale_rewards, reward, shape):
     rewards = np.full(shape, reward, np.float32)
-    advantages = group_advantages(rewards, baseline="batch", scale_rewards=scale_rewards)
-    assert not np.any(advantages)
+    assert not np.any(group_advantages(rewards, baseline=baseline, scale_rewards=scale_rewards))
+
+
+@pytest.mark.parametrize("names", [("group", "group"), ("loo", "none"), ("batch", "group")])
+@given(rewards=hnp.arrays(np.float32, (5, 7), elements=st.floats(-100, 100, width=32)))
+@settings(max_examples=40)
+def test_an_image_of_equal_rewards_gets_exactly_zero_beside_others(names, rewards):
+    rewards[2] = 0.1
+    advantages = group_advantages(rewards, baseline=names[0], scale_rewards=names[1])
+    assert not np.any(advantages[2])
+
+
+@pytest.mark.parametrize(
+    ("baseline", "scale_rewards", "same"),
+    [
+        ("batch", "batch", True),
+        ("batch", "group", True),
+        ("group", "group", True),
+        ("ema", "batch", True),
+        ("ema", "group", True),
+        ("critic", "group", True),
+        ("critic", "batch", False),
+        ("group", "batch", False),
+        ("loo", "batch", False),
+        ("loo", "group", False),
+    ],
+)
+def test_whether_the_deviation_is_taken_before_or_after_the_subtraction(
+    baseline, scale_rewards, same
+):
+    """As the docstring of group_advantages says where it matters."""
+    rewards = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    expected = {"ema": np.float32(0.3), "critic": np.linspace(0, 2, 6)[:, None]}.get(baseline)
+    names = {"baseline": baseline, "expected_rewards": expected}
+    before = group_advantages(rewards, scale_rewards=scale_rewards, **names)
+    unscaled = np.asarray(group_advantages(rewards, scale_rewards="none", **names))
+    after = unscaled / unscaled.std(axis={"batch": None, "group": 1}[scale_rewards], keepdims=True)
+    assert (np.abs(after - before).max() < 1e-4) == same
+
+
+def test_dynamic_sampling_is_the_mean_over_the_images_with_a_signal():
+    rewards = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]], np.float32)
+    advantages = group_advantages(rewards, baseline="group", scale_rewards="group")
+    log_probs, old_log_probs = np.log(np.random.default_rng(0).uniform(0.1, 0.9, (2, 4, 4)))
+    loss = ppo_clip_loss(
+        log_probs, old_log_probs, grpo_mnist.average_over_signals(advantages), 0.2, 0.3
+    )
+    some = np.array([1, 3])
+    expected = ppo_clip_loss(log_probs[some], old_log_probs[some], advantages[some], 0.2, 0.3)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert not np.any(grpo_mnist.average_over_signals(np.zeros((4, 4), np.float32)))
 
 
 def test_equal_rewards_whose_mean_is_inexact():
@@ -196,12 +310,70 @@ def test_exact_kl_against_its_definition():
 def test_k3_averages_to_the_exact_kl():
     policy, reference = two_policies()
     exact = grpo_mnist.kl_to_reference(policy, reference, None, "exact")
-    actions = policy.sample(100_000, seed=jax.random.key(0)).T
-    answers = [actions[:, i::25] for i in range(25)]
-    estimates = [grpo_mnist.kl_to_reference(policy, reference, some, "k3") for some in answers]
+    estimates = [
+        grpo_mnist.kl_to_reference(policy, reference, actions, "k3")
+        for actions in samples_of(policy)
+    ]
     assert min(estimates) >= 0
-    error = np.std(estimates) / 5  # of the mean of 25
-    assert abs(np.mean(estimates) - exact) < 4 * error
+    np.testing.assert_array_less(deviations_from(exact, estimates), 4)
+
+
+def samples_of(policy, num_samples=100, num_answers=2000):
+    keys = jax.random.split(jax.random.key(0), num_samples)
+    return [grpo_mnist.sample_answers(policy, num_answers, key) for key in keys]
+
+
+def deviations_from(expected, estimates):
+    """How far the mean of the estimates is from what is expected, in standard errors."""
+    errors = np.std(estimates, axis=0, ddof=1) / len(estimates) ** 0.5
+    return np.abs(np.mean(estimates, axis=0) - expected) / errors
+
+
+def kl_gradients(policy, reference):
+    """By the logits: of KL(policy || reference), of KL(reference || policy), and by samples."""
+
+    def divergence(logits, towards):
+        moved = tfd.Categorical(logits=logits)
+        pair = (moved, reference) if towards == "reference" else (reference, moved)
+        return pair[0].kl_divergence(pair[1]).mean()
+
+    @jax.jit
+    @jax.grad
+    def by_samples(logits, actions):
+        moved = tfd.Categorical(logits=logits)
+        return grpo_mnist.kl_to_reference(moved, reference, actions, "k3")
+
+    exact = jax.grad(
+        lambda logits: grpo_mnist.kl_to_reference(
+            tfd.Categorical(logits=logits), reference, None, "exact"
+        )
+    )(policy.logits)
+    forward = jax.grad(divergence)(policy.logits, "reference")
+    reverse = jax.grad(divergence)(policy.logits, "policy")
+    np.testing.assert_allclose(exact, forward, atol=1e-6)
+    return exact, reverse, [by_samples(policy.logits, actions) for actions in samples_of(policy)]
+
+
+def test_the_gradient_of_k3_is_that_of_the_reverse_divergence():
+    """Far from the reference it agrees with KL(reference || policy), and not with the exact one.
+
+    E_p[d k3] = E_p[(1 - q/p) d log p] = -E_q[d log p] = d KL(q || p).
+    """
+    policy, reference = two_policies(num_images=1)
+    exact, reverse, by_samples = kl_gradients(policy, reference)
+    assert np.max(deviations_from(reverse, by_samples)) < 4
+    assert np.max(deviations_from(exact, by_samples)) > 50
+
+
+def test_the_gradient_of_k3_agrees_with_the_exact_one_near_the_reference():
+    """There the two divergences have the same curvature, so their gradients grow alike."""
+    policy, other = two_policies(num_images=1)
+    for step, agree in ((0.005, True), (1.0, False)):
+        logits = policy.logits + step * (other.logits - policy.logits)
+        exact, reverse, by_samples = kl_gradients(policy, tfd.Categorical(logits=logits))
+        apart = np.linalg.norm(exact - reverse) / np.linalg.norm(exact)
+        assert (apart < 0.05) == agree
+        assert (np.max(deviations_from(exact, by_samples)) < 4) == agree
 
 
 # --- The actor and the step ---
@@ -215,8 +387,32 @@ def test_the_actor():
     assert sum(leaf.size for leaf in jax.tree.leaves(actor)) == 118_282
 
 
+def test_the_critic():
+    critic = Critic(784, 1, rngs=nnx.Rngs(0))
+    assert critic(jnp.zeros((5, 784))).shape == (5, 1)
+    assert sum(leaf.size for leaf in jax.tree.leaves(critic)) == 117_121
+
+
+def test_answers_are_sampled_from_the_policy():
+    """Each image's own probabilities, by a chi-squared test; certain and impossible ones too."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (5, 10)), jnp.float32)
+    logits = logits.at[3, :9].set(-jnp.inf).at[4, 5:].set(-jnp.inf)
+    policy = tfd.Categorical(logits=logits)
+    answers = np.asarray(grpo_mnist.sample_answers(policy, 20_000, jax.random.key(3)))
+    assert answers.shape == (5, 20_000)
+    assert answers.dtype == np.int32
+    probabilities = np.asarray(policy.probs_parameter(), np.float64)
+    for image in range(5):
+        counts = np.bincount(answers[image], minlength=10)
+        possible = probabilities[image] > 0
+        assert not counts[~possible].any()
+        expected = 20_000 * probabilities[image, possible]
+        statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+        assert statistic < chi2.isf(1e-4, max(possible.sum() - 1, 1))
+
+
 class Step(NamedTuple):
-    actor: Actor  # as it was before
+    before: grpo_mnist.TrainState
     after: grpo_mnist.TrainState
     metrics: dict
     rollout: grpo_mnist.Rollout
@@ -234,43 +430,93 @@ def one_step(dataset, config):
     with jax.disable_jit():  # op by op: each is compiled once for all the tests
         key = jax.random.key(config.seed)
         before = grpo_mnist.create_train_state(key, optimizer=optimizer, config=config)
+    before = before._replace(moving_average=jnp.float32(0.3))
     images = dataset.train_images[: config.batch_size]
     labels = dataset.train_labels[: config.batch_size]
     _, key = jax.random.split(before.key)
     rollout = grpo_mnist.sample_rollout(before, images, labels, key, config)
-    actor, rollout = jax.tree.map(np.array, (before.actor, rollout))
     step = grpo_mnist.train_step
     after, metrics = step(before, images, labels, optimizer=optimizer, config=config)
-    STEPS[config] = Step(actor, after, jax.device_get(metrics), rollout, labels)
+    STEPS[config] = Step(before, after, jax.device_get(metrics), rollout, labels)
     return STEPS[config]
 
 
-class NumPyLearner:
-    """The same network, loss and Adam written down again: float64, loops, derivatives by hand."""
+class NumPyNetwork:
+    """The network and Adam written down again: float64, derivatives by hand."""
 
-    def __init__(self, actor, config, num_updates):
-        layers = (actor.hidden_1, actor.hidden_2, actor.logits)
+    def __init__(self, network):
+        layers = (network.hidden_1, network.hidden_2, network.output)
         self.parameters = [
             np.array(value, np.float64) for layer in layers for value in (layer.kernel, layer.bias)
         ]
         self.first_moments = [np.zeros_like(value) for value in self.parameters]
         self.second_moments = [np.zeros_like(value) for value in self.parameters]
-        self.config, self.num_updates, self.updates = config, num_updates, 0
-        self.metrics = []
+        self.updates = 0
 
     def forward(self, images):
         w1, b1, w2, b2, w3, b3 = self.parameters
         hidden_1 = np.maximum(images @ w1 + b1, 0)
         hidden_2 = np.maximum(hidden_1 @ w2 + b2, 0)
-        logits = hidden_2 @ w3 + b3
-        logits -= logits.max(axis=1, keepdims=True)
-        return hidden_1, hidden_2, logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return hidden_1, hidden_2, hidden_2 @ w3 + b3
 
-    def gradients(self, images, actions, old_log_probs, advantages, reference_log_p):
+    def gradients(self, images, by_outputs):
+        """Of a loss by the parameters, from its derivative by the outputs."""
+        hidden_1, hidden_2, _ = self.forward(images)
+        _, _, w2, _, w3, _ = self.parameters
+        by_hidden_2 = (by_outputs @ w3.T) * (hidden_2 > 0)
+        by_hidden_1 = (by_hidden_2 @ w2.T) * (hidden_1 > 0)
+        gradients = []
+        for inputs, outputs in (
+            (images, by_hidden_1),
+            (hidden_1, by_hidden_2),
+            (hidden_2, by_outputs),
+        ):
+            gradients += [inputs.T @ outputs, outputs.sum(axis=0)]
+        return gradients
+
+    def update(self, gradients, learning_rate):
+        """Adam (arXiv 1412.6980, algorithm 1)."""
+        self.updates += 1
+        for index, gradient in enumerate(gradients):
+            m = 0.9 * self.first_moments[index] + 0.1 * gradient
+            v = 0.999 * self.second_moments[index] + 0.001 * gradient**2
+            self.first_moments[index], self.second_moments[index] = m, v
+            m, v = m / (1 - 0.9**self.updates), v / (1 - 0.999**self.updates)
+            self.parameters[index] = self.parameters[index] - learning_rate * m / (
+                np.sqrt(v) + 1e-8
+            )
+
+    def assert_close_to(self, network):
+        layers = (network.hidden_1, network.hidden_2, network.output)
+        values = [np.asarray(value) for layer in layers for value in (layer.kernel, layer.bias)]
+        for value, expected in zip(values, self.parameters, strict=True):
+            # Adam's first steps have the size of the learning rate, whatever the gradient's: where
+            # a gradient is 0 but for rounding, a step may differ; nowhere else, and by little on
+            # average.
+            assert np.mean(np.abs(value - expected) > 1e-5) < 0.01
+            assert np.abs(value - expected).mean() < 1e-5
+
+
+class NumPyLearner:
+    """Loss and updates written down again: loops, derivatives by hand."""
+
+    def __init__(self, networks, config, num_updates):
+        self.actor = NumPyNetwork(networks.actor)
+        self.critic = NumPyNetwork(networks.critic) if networks.critic else None
+        self.config, self.num_updates = config, num_updates
+        self.metrics = []
+
+    def log_policy(self, images):
+        """log pi, (B, A)."""
+        logits = self.actor.forward(images)[-1]
+        logits = logits - logits.max(axis=1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+    def update(self, images, actions, old_log_probs, rewards, advantages, reference_log_p):
         """d loss / d logits = sum over the answers of -A r (onehot - p) / (B G), if not clipped."""
         config = self.config
         low, high = 1 - config.clip_epsilon, 1 + config.upper_clip_epsilon
-        hidden_1, hidden_2, log_p = self.forward(images)
+        log_p = self.log_policy(images)
         p = np.exp(log_p)
         by_logits = np.zeros_like(p)
         loss, ratios, clipped_low, clipped_high = 0.0, [], 0, 0
@@ -287,32 +533,27 @@ class NumPyLearner:
         entropies = -(p * log_p).sum(axis=1)
         loss -= config.entropy_coef * entropies.mean()
         by_logits += config.entropy_coef * p * (log_p + entropies[:, None]) / len(images)
+        metrics = {
+            "entropy": entropies.mean(),
+            "ratio_max": max(ratios),
+            "clip_ratio_low": clipped_low / actions.size,
+            "clip_ratio_high": clipped_high / actions.size,
+        }
         if config.beta > 0:
-            kl, kl_by_logits = self.kl_divergence(log_p, reference_log_p, actions)
-            loss += config.beta * kl
+            metrics["kl"], kl_by_logits = self.kl_divergence(log_p, reference_log_p, actions)
+            loss += config.beta * metrics["kl"]
             by_logits += config.beta * kl_by_logits
-        self.metrics.append(
-            ({"kl": kl} if config.beta > 0 else {})
-            | {
-                "loss": loss,
-                "entropy": entropies.mean(),
-                "ratio_max": max(ratios),
-                "clip_ratio_low": clipped_low / actions.size,
-                "clip_ratio_high": clipped_high / actions.size,
-            }
-        )
-        _, _, w2, _, w3, _ = self.parameters
-        by_hidden_2 = (by_logits @ w3.T) * (hidden_2 > 0)
-        by_hidden_1 = (by_hidden_2 @ w2.T) * (hidden_1 > 0)
-        gradients = []
-        for inputs, outputs in (
-            (images, by_hidden_1),
-            (hidden_1, by_hidden_2),
-            (hidden_2, by_logits),
-        ):
-            gradients += [inputs.T @ outputs, outputs.sum(axis=0)]
-        self.metrics[-1]["grad_norm"] = np.sqrt(sum((g**2).sum() for g in gradients))
-        return gradients
+        gradients = self.actor.gradients(images, by_logits)
+        metrics["grad_norm"] = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+        progress = self.actor.updates / self.num_updates
+        metrics["learning_rate"] = 0.5 * (1 + np.cos(np.pi * progress)) * config.learning_rate
+        self.actor.update(gradients, metrics["learning_rate"])
+        if self.critic:
+            errors = self.critic.forward(images)[-1] - rewards  # (B, 1) - (B, G)
+            loss += (errors**2).mean()
+            by_values = 2 * errors.sum(axis=1, keepdims=True) / errors.size
+            self.critic.update(self.critic.gradients(images, by_values), metrics["learning_rate"])
+        self.metrics.append(metrics | {"loss": loss})
 
     def kl_divergence(self, log_p, log_q, actions):
         """Its mean over the images, and the derivative of that by the logits."""
@@ -329,21 +570,6 @@ class NumPyLearner:
             by_logits[image] += by_log_p * (np.eye(10)[action] - p[image]) / actions.size
         return kl, by_logits
 
-    def update(self, *minibatch):
-        """Adam (arXiv 1412.6980, algorithm 1) with the cosine schedule's learning rate."""
-        rate = (
-            0.5 * (1 + np.cos(np.pi * self.updates / self.num_updates)) * self.config.learning_rate
-        )
-        gradients = self.gradients(*minibatch)
-        self.metrics[-1]["learning_rate"] = rate
-        self.updates += 1
-        for index, gradient in enumerate(gradients):
-            m = 0.9 * self.first_moments[index] + 0.1 * gradient
-            v = 0.999 * self.second_moments[index] + 0.001 * gradient**2
-            self.first_moments[index], self.second_moments[index] = m, v
-            m, v = m / (1 - 0.9**self.updates), v / (1 - 0.999**self.updates)
-            self.parameters[index] = self.parameters[index] - rate * m / (np.sqrt(v) + 1e-8)
-
 
 ONE_ROUND = Config(batch_size=64, num_iterations=1)
 FOUR_ROUNDS = Config(batch_size=64)
@@ -354,44 +580,70 @@ ENTROPY_BONUS = Config(batch_size=64, num_iterations=2, entropy_coef=0.5)
 KL = Config(batch_size=64, beta=5.0)
 KL_K3 = Config(batch_size=64, beta=5.0, kl_estimator="k3", num_generations=2)
 HELD_BACK = Config(batch_size=64, beta=1000.0, ref_sync_epochs=2)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [ONE_ROUND, FOUR_ROUNDS, LONG_ROUNDS, FOUR_ANSWERS, MINIBATCHES, ENTROPY_BONUS, KL, KL_K3],
-    ids=["K=1", "K=4", "clipping", "four answers", "minibatches", "entropy", "KL", "KL by k3"],
+GRPO = Config(batch_size=32, num_generations=8, baseline="group", scale_rewards="group")
+DAPO = dataclasses.replace(GRPO, clip_epsilon_high=0.28, dynamic_sampling=True)
+RLOO = Config(batch_size=64, num_generations=4, baseline="loo", scale_rewards="none")
+MOVING_AVERAGE = Config(batch_size=64, baseline="ema", num_iterations=2)
+PPO = Config(
+    batch_size=64, num_generations=2, num_iterations=1, num_minibatches=2, baseline="critic"
 )
+
+STEP_CONFIGS = {
+    "K=1": ONE_ROUND,
+    "K=4": FOUR_ROUNDS,
+    "clipping": LONG_ROUNDS,
+    "four answers": FOUR_ANSWERS,
+    "minibatches": MINIBATCHES,
+    "entropy": ENTROPY_BONUS,
+    "KL": KL,
+    "KL by k3": KL_K3,
+    "GRPO": GRPO,
+    "DAPO": DAPO,
+    "RLOO": RLOO,
+    "moving average": MOVING_AVERAGE,
+    "PPO": PPO,
+}
+
+
+@pytest.mark.parametrize("config", STEP_CONFIGS.values(), ids=STEP_CONFIGS)
 def test_the_step_against_a_numpy_learner(dataset, config):
     step = one_step(dataset, config)
-    rollout, metrics = step.rollout, step.metrics
+    before, rollout, metrics = step.before, step.rollout, step.metrics
     B, G, M = config.batch_size, config.num_generations, config.num_minibatches
     assert rollout.actions.shape == rollout.rewards.shape == (B, G)
-    learner = NumPyLearner(step.actor, config, num_updates=3 * config.num_iterations * M)
+    learner = NumPyLearner(before.networks, config, num_updates=3 * config.num_iterations * M)
 
     images = dataset.train_images[:B] / 255
-    log_p = learner.forward(images)[2]
-    old_log_probs = np.take_along_axis(log_p, rollout.actions, axis=1)
+    log_p = learner.log_policy(images)
+    actions = np.asarray(rollout.actions)
+    old_log_probs = np.take_along_axis(log_p, actions, axis=1)
     np.testing.assert_allclose(rollout.old_log_probs, old_log_probs, atol=1e-5)
     right = np.zeros((B, G))
     for image, answer in np.ndindex(B, G):
-        right[image, answer] = rollout.actions[image, answer] == step.labels[image]
+        right[image, answer] = actions[image, answer] == step.labels[image]
     np.testing.assert_array_equal(rollout.rewards, right)
     assert metrics["accuracy"] == pytest.approx(right.mean())
     assert metrics["reward_std"] == pytest.approx(right.std(), abs=1e-6)
-    advantages = advantages_by_loop(right, config.baseline, config.scale_rewards)
+    by_image = config.baseline in ("group", "loo")
+    equal = np.mean([len(set(row)) == 1 for row in right]) if by_image else 0.0
+    assert metrics["frac_reward_zero_std"] == pytest.approx(equal)
+    assert step.after.moving_average == pytest.approx(0.9 * 0.3 + 0.1 * right.mean())
+
+    expected = learner.critic.forward(images)[-1] if learner.critic else 0.3
+    advantages = advantages_by_loop(right, config.baseline, config.scale_rewards, expected)
+    if config.dynamic_sampling:
+        assert 0 < equal < 1
+        advantages /= 1 - equal
     np.testing.assert_allclose(rollout.advantages, advantages, atol=1e-5)
 
-    batch = (images, rollout.actions, old_log_probs, advantages, log_p)
+    batch = (images, actions, old_log_probs, right, advantages, log_p)
     for _ in range(config.num_iterations):
         for piece in np.split(np.arange(B), M):
             learner.update(*(array[piece] for array in batch))
-    layers = (step.after.actor.hidden_1, step.after.actor.hidden_2, step.after.actor.logits)
-    values = [np.asarray(value) for layer in layers for value in (layer.kernel, layer.bias)]
-    for value, expected in zip(values, learner.parameters, strict=True):
-        # Adam's first steps have the size of the learning rate, whatever the gradient's: where a
-        # gradient is 0 but for rounding, a step may differ; nowhere else, and by little on average.
-        assert np.mean(np.abs(value - expected) > 1e-5) < 0.01
-        assert np.abs(value - expected).mean() < 1e-5
+    learner.actor.assert_close_to(step.after.networks.actor)
+    assert (learner.critic is None) == (step.after.networks.critic is None)
+    if learner.critic:
+        learner.critic.assert_close_to(step.after.networks.critic)
     assert ("kl" in metrics) == ("kl" in learner.metrics[0]) == (config.beta > 0)
     for name in learner.metrics[0]:
         average = max if name == "ratio_max" else np.mean
@@ -413,7 +665,7 @@ def test_the_ratio_is_1_in_the_first_round_and_not_in_later_ones(dataset):
 def test_the_answers_of_an_image_differ_and_belong_to_it(dataset):
     """G answers share an image: repeated, not tiled, and each drawn on its own."""
     step = one_step(dataset, FOUR_ANSWERS)
-    actor, rollout = step.actor, step.rollout
+    actor, rollout = step.before.networks.actor, step.rollout
     for image in range(0, 32, 8):
         log_p = jax.nn.log_softmax(actor(rollout.images[image : image + 1]).logits)[0]
         expected = log_p[rollout.actions[image]]
@@ -426,7 +678,8 @@ def test_a_kl_term_holds_the_actor_back(dataset):
     moved = {}
     for config in (FOUR_ROUNDS, HELD_BACK):
         step = one_step(dataset, config)
-        reference, policy = step.actor(step.rollout.images), step.after.actor(step.rollout.images)
+        before, after = step.before.networks.actor, step.after.networks.actor
+        reference, policy = before(step.rollout.images), after(step.rollout.images)
         moved[config.beta] = float(policy.kl_divergence(reference).mean())
         assert ("kl" in step.metrics) == (config.beta > 0)
     assert step.metrics["kl"] > 0
@@ -439,38 +692,14 @@ def test_the_kl_term_is_from_the_reference_and_not_from_the_last_policy(dataset)
     rollout = grpo_mnist.sample_rollout(state, images, labels, jax.random.key(0), HELD_BACK)
     expected = state.reference(rollout.images).logits
     np.testing.assert_allclose(rollout.reference_logits, expected, atol=1e-6)
-    assert np.abs(rollout.reference_logits - state.actor(rollout.images).logits).max() > 1e-3
-
-
-def test_k3_pulls_towards_the_reverse_divergence():
-    """Averaged over all ten answers: k3's value is KL(p || q), its gradient that of KL(q || p)."""
-    policy, reference = two_policies(num_images=1)
-
-    @jax.jit
-    def k3_by_answer(logits):
-        moved = tfd.Categorical(logits=logits)
-        return jax.vmap(lambda a: grpo_mnist.kl_to_reference(moved, reference, a, "k3"))(
-            jnp.arange(10)[:, None, None]
-        )
-
-    def divergence(logits, reverse):
-        p, q = tfd.Categorical(logits=logits), reference
-        return (q.kl_divergence(p) if reverse else p.kl_divergence(q)).mean()
-
-    p = policy.probs_parameter()[0]
-    np.testing.assert_allclose(
-        p @ k3_by_answer(policy.logits), divergence(policy.logits, False), rtol=1e-4
+    assert (
+        np.abs(rollout.reference_logits - state.networks.actor(rollout.images).logits).max() > 1e-3
     )
-    gradient = jnp.tensordot(p, jax.jacobian(k3_by_answer)(policy.logits), 1)
-    reverse = jax.grad(divergence)(policy.logits, True)
-    forward = jax.grad(divergence)(policy.logits, False)
-    np.testing.assert_allclose(gradient, reverse, atol=1e-5)
-    assert np.abs(gradient - forward).max() > 0.01
 
 
 def test_the_reference_is_refreshed_when_asked(dataset):
     state = one_step(dataset, HELD_BACK).after
     for epoch, refreshed in ((1, False), (2, False), (3, True), (4, False), (5, True)):
         reference = grpo_mnist.sync_reference(state, HELD_BACK, epoch).reference
-        same = np.array_equal(reference.logits.kernel, state.actor.logits.kernel)
+        same = np.array_equal(reference.output.kernel, state.networks.actor.output.kernel)
         assert same == refreshed, epoch

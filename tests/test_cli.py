@@ -47,6 +47,7 @@ BAD_INPUT = [
     (["--dataset", "MNIST"], "--dataset"),
     (["--lr-schedule", "linear"], "--lr-schedule"),
     (["--baseline", "mean"], "--baseline"),
+    (["--dynamic-sampling", "yes"], "yes"),
     (["--scale-rewards", "std"], "--scale-rewards"),
     (["--kl-estimator", "k2"], "--kl-estimator"),
     # not finite
@@ -62,6 +63,7 @@ BAD_INPUT = [
     (["--batch-size", "0"], "--batch-size 0"),
     (["--num-generations", "0"], "--num-generations 0"),
     (["--num-iterations", "0"], "--num-iterations 0"),
+    (["--num-seeds", "0"], "--num-seeds 0"),
     (["--num-minibatches", "0"], "--num-minibatches 0"),
     (["--learning-rate", "0"], "--learning-rate 0.0 must be above 0"),
     (["--learning-rate=-0.1"], "--learning-rate -0.1"),
@@ -77,6 +79,12 @@ BAD_INPUT = [
     (["--batch-size=100", "--num-minibatches=3"], "--batch-size 100"),
     (["--batch-size=4", "--num-minibatches=8"], "--num-minibatches 8"),
     (["--batch-size=1"], "--batch-size 1 must be 2 or more: a group of one learns nothing"),
+    (["--baseline=group"], "--num-generations 1 must be 2 or more: a group of one"),
+    (["--baseline=loo"], "--num-generations 1 must be 2 or more: a group of one"),
+    (["--scale-rewards=group"], "--num-generations 1 must be 2 or more: a group of one"),
+    (["--dynamic-sampling"], "--dynamic-sampling True must be off unless --baseline is group"),
+    (["--seed=4294967295", "--num-seeds=2"], "--seed 4294967295"),
+    (["--num-generations=1000", "--num-seeds=3000000"], "--num-generations 1000"),
     (["--kl-estimator=k3"], "--beta is 0"),
     (["--ref-sync-epochs=2"], "--beta is 0"),
     (["--batch-size=40000"], "--batch-size 40000 is more than the 35925 training images of digits"),
@@ -129,6 +137,7 @@ def test_bad_input_to_the_real_program(flags, environment, tmp_path):
         {"num_epochs": "3"},
         {"num_epochs": 3.0},
         {"num_epochs": True},
+        {"dynamic_sampling": 1},
         {"num_epochs": None},
         {"learning_rate": "0.1"},
         {"learning_rate": float("inf")},
@@ -189,7 +198,7 @@ def test_numbers_that_run_away_stop_the_run(tmp_path, capfd):
     assert main([*DIGITS, "--batch-size=8192", "--learning-rate=1e38", "--output-dir=run"]) == 1
     output, errors = capfd.readouterr()
     assert "completed" not in output
-    assert_one_line_error(errors, "epoch 1: not finite: ", "parameters", "--learning-rate")
+    assert_one_line_error(errors, "epoch 1, seed 0: not finite: ", "parameters", "--learning-rate")
     assert tree(tmp_path) == ["run", "run/config.json"]
 
 

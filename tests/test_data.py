@@ -61,14 +61,15 @@ def test_an_epoch_uses_every_image_at_most_once(dataset):
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
         chosen = []
         for images, numbers in grpo_mnist.batches(numbered, Config(seed=seed), epoch):
-            assert images.shape == (1024, 784)
+            assert images.shape == (1, 1024, 784)
             np.testing.assert_array_equal(images, dataset.train_images[numbers])
-            chosen.extend(numbers)
+            chosen.extend(numbers[0])
         assert len(chosen) == len(set(chosen)) == count - count % 1024
         left_over.append(frozenset(range(count)) - set(chosen))
     assert len(set(left_over)) == 3
-    again = [numbers for _, numbers in grpo_mnist.batches(numbered, Config(seed=1), 1)]
-    np.testing.assert_array_equal(np.concatenate(again), chosen)
+    # Beside others, a seed has the order that it has alone.
+    beside = [numbers[1] for _, numbers in grpo_mnist.batches(numbered, Config(num_seeds=3), 1)]
+    np.testing.assert_array_equal(np.concatenate(beside), chosen)
 
 
 # --- What is refused ---
