@@ -1,0 +1,250 @@
+"""The algorithms side by side on MNIST, five seeds each, beside what the labels themselves give.
+
+    python benchmarks/comparison.py --data-dir DIR
+    python benchmarks/comparison.py --draw           only draws the figures anew
+
+DIR is as for grpo_mnist.py. A row is one command of the program, with --num-seeds 5 added; its
+settings beyond the algorithm's own were chosen by tuning.py, without the test images. Writes
+results/comparison.json, and the figures results/algorithms.png and results/strong.png.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import RESULTS, ROOT, grpo_mnist, spread, write_results
+
+NUM_SEEDS = 5
+TIMED_EPOCHS = 7
+PER_IMAGE = "--baseline group --num-generations 8"
+ALGORITHMS = {
+    "REINFORCE": "--baseline none --scale-rewards none --num-iterations 1",
+    "REINFORCE, batch baseline": "--scale-rewards none --num-iterations 1",
+    "batch-mean GRPO": "",
+    "moving average": "--baseline ema",
+    "PPO with critic": "--baseline critic",
+    "batch-mean GRPO, G = 8": "--num-generations 8",
+    "GRPO, G = 8": f"{PER_IMAGE} --scale-rewards group",
+    "RLOO": "--baseline loo --scale-rewards none --num-generations 8",
+    "Dr. GRPO": f"{PER_IMAGE} --scale-rewards none",
+    "DAPO": f"{PER_IMAGE} --scale-rewards group --clip-epsilon-high 0.28 --dynamic-sampling",
+}
+EQUAL_FEEDBACK = "--num-epochs 16 --num-iterations 16 --batch-size 500 --learning-rate 1e-3"
+STRONG = (
+    "--num-generations 64 --num-minibatches 4 --learning-rate 2e-3 --scale-rewards none"
+    " --entropy-coef 0.05"
+)
+MANY_ANSWERS = "--num-generations 64"
+SUPERVISED = {
+    "labels, same batches": {},
+    "labels, batch 64": {"batch_size": 64, "learning_rate": 2e-3},
+}
+
+
+def run(name, flags, data_dir):
+    """A row: one command, five seeds, its final figures and its curves."""
+    command = f"python grpo_mnist.py {flags}".strip()
+    config = grpo_mnist.parse_flags(shlex.split(flags))
+    with tempfile.TemporaryDirectory() as directory:
+        output_dir = Path(directory) / "run"
+        program = [sys.executable, str(ROOT / "grpo_mnist.py"), *shlex.split(flags)]
+        program += [f"--num-seeds={NUM_SEEDS}", f"--output-dir={output_dir}"]
+        program += ["--dataset=mnist", f"--data-dir={data_dir}"]
+        began = time.perf_counter()
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        history = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
+        summary = json.loads((output_dir / "summary.json").read_text())
+    steps = 60_000 // config.batch_size
+    row = {
+        "name": name,
+        "command": command,
+        "reward_bits": config.num_epochs * steps * config.batch_size * config.num_generations,
+        "training_state_bytes": summary["training_state_bytes"],
+        "seconds_of_all_seeds": seconds,
+    }
+    return row | curves(name, history)
+
+
+def curves(name, history):
+    """The figures of a run by epoch, and those of the last epoch, from its metrics.jsonl."""
+    figures = {}
+    for metric in ("accuracy", "test_accuracy"):
+        by_epoch = [
+            {
+                "mean": record[metric],
+                "interval_95": record["interval_95"][metric],
+                "by_seed": record["by_seed"][metric],
+            }
+            for record in history
+        ]
+        figures |= {metric: by_epoch[-1], f"{metric}_by_epoch": by_epoch}
+    last = figures["test_accuracy"]
+    print(f"{name}: test {last['mean']:.4f} +- {last['interval_95']:.4f}", flush=True)
+    return figures
+
+
+def supervise(name, changes, dataset):
+    """The same network, batches, Adam and schedule, taught the labels by cross-entropy.
+
+    accuracy is the probability that an answer sampled from the policy would have been right.
+    """
+    config = grpo_mnist.Config(num_iterations=1, num_seeds=NUM_SEEDS, **changes)
+    num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
+    optimizer = grpo_mnist.create_optimizer(config, num_steps)
+    state, _, predict_all = grpo_mnist.prepare(config, num_steps)
+    actor = state.networks.actor
+
+    def loss_fn(actor, images, labels):
+        log_probs = actor(images.astype(jnp.float32) / 255).log_prob(labels)
+        return -log_probs.mean(), jnp.exp(log_probs).mean()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    @jax.vmap
+    def step(actor, adam, images, labels):
+        gradients, accuracy = jax.grad(loss_fn, has_aux=True)(actor, images, labels)
+        updates, adam = optimizer.update(gradients, adam)
+        return optax.apply_updates(actor, updates), adam, accuracy
+
+    adam = jax.vmap(optimizer.init)(actor)
+    history = []
+    for epoch in range(1, config.num_epochs + 1):
+        accuracies = []
+        for images, labels in grpo_mnist.batches(dataset, config, epoch):
+            actor, adam, accuracy = step(actor, adam, images, labels)
+            accuracies.append(accuracy)
+        answers, _ = predict_all(actor, dataset.test_images)
+        by_seed = {
+            "accuracy": np.mean(jax.device_get(accuracies), axis=0),
+            "test_accuracy": np.mean(answers == dataset.test_labels, axis=1),
+        }
+        history.append(grpo_mnist.over_seeds(by_seed))
+    settings = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
+    return {"name": name} | settings | curves(name, history)
+
+
+def time_epochs(commands, dataset):
+    """Seconds per epoch of one seed, by command; the commands take turns, an epoch each."""
+    runners = {}
+    for flags in commands:
+        config = grpo_mnist.parse_flags(shlex.split(flags))
+        steps = len(dataset.train_images) // config.batch_size
+        state, step, _ = grpo_mnist.prepare(config, (TIMED_EPOCHS + 1) * steps)
+        runners[flags] = [state, step, config]
+    seconds = {flags: [] for flags in commands}
+    for epoch in range(1, TIMED_EPOCHS + 2):  # the first, which compiles, is not counted
+        for flags, runner in runners.items():
+            state, step, config = runner
+            stream = grpo_mnist.batches(dataset, config, epoch)
+            runner[0], _, taken = grpo_mnist.train_epoch(step, state, stream, lambda: None)
+            if epoch > 1:
+                seconds[flags].append(taken)
+    return seconds
+
+
+def draw(results):
+    """The figures, readable on a light and on a dark page: they bring their own white ground."""
+    from matplotlib.figure import Figure
+
+    rows = results["algorithms"]
+    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    for row, style in zip(rows, ("-", "--", "-.", ":") * 3, strict=False):
+        draw_curve(left, row, "test_accuracy_by_epoch", style)
+    left.set(ylim=(80, 100), title="likeliest answer, test images")
+    finish_curves(left)
+    ceiling = results["supervised"][0]["test_accuracy"]["mean"]
+    for position, row in enumerate(reversed(rows)):
+        for name, color, marker in (("test_accuracy", "C1", "s"), ("accuracy", "C0", "o")):
+            figures = row[name]
+            right.errorbar(
+                100 * figures["mean"],
+                position + (0.12 if name == "accuracy" else -0.12),
+                xerr=100 * figures["interval_95"],
+                fmt=marker,
+                color=color,
+                capsize=3,
+                label={"accuracy": "training, sampled", "test_accuracy": "test, likeliest"}[name]
+                if position == 0
+                else None,
+            )
+    right.axvline(100 * ceiling, color="black", lw=1, ls=":", label="labels, test")
+    right.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
+    right.set(xlabel="accuracy after 10 epochs (%)", title="mean and 95% interval, n = 5 seeds")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.savefig(RESULTS / "algorithms.png")
+
+    figure = Figure(figsize=(6.5, 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    draw_curve(axes, results["strong"], "test_accuracy_by_epoch", "s-", "strong setting, test")
+    draw_curve(axes, results["strong"], "accuracy_by_epoch", "o-", "strong setting, sampled")
+    defaults = rows[list(ALGORITHMS).index("batch-mean GRPO")]
+    draw_curve(axes, defaults, "test_accuracy_by_epoch", "s--", "defaults, test")
+    draw_curve(axes, defaults, "accuracy_by_epoch", "o--", "defaults, sampled")
+    draw_curve(axes, results["supervised"][1], "test_accuracy_by_epoch", ":", "labels, test")
+    axes.set(ylim=(92, 100), title="mean and 95% interval, n = 5 seeds")
+    finish_curves(axes)
+    figure.savefig(RESULTS / "strong.png")
+    print("drawn: algorithms.png, strong.png")
+
+
+def draw_curve(axes, row, name, style, label=None):
+    mean = 100 * np.array([figures["mean"] for figures in row[name]])
+    margin = 100 * np.array([figures["interval_95"] for figures in row[name]])
+    epochs = np.arange(1, len(mean) + 1)
+    axes.plot(epochs, mean, style, label=label or row["name"], lw=1.5, ms=4)
+    axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.2)
+
+
+def finish_curves(axes):
+    axes.set(xlabel="epoch", ylabel="accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--draw", action="store_true")
+    options = parser.parse_args()
+    if options.draw:
+        draw(json.loads((RESULTS / "comparison.json").read_text()))
+        return
+    if options.data_dir is None:
+        parser.error("--data-dir is missing")
+    data_dir = options.data_dir.resolve()
+    dataset = grpo_mnist.load_dataset("mnist", data_dir)
+    seconds = time_epochs([*ALGORITHMS.values(), MANY_ANSWERS, STRONG, EQUAL_FEEDBACK], dataset)
+    ratios = [many / one for many, one in zip(seconds[MANY_ANSWERS], seconds[""], strict=True)]
+    results = {
+        "num_seeds": NUM_SEEDS,
+        "epoch_seconds_64_answers": spread(seconds[MANY_ANSWERS]),
+        "ratio_64_answers_to_1": spread(ratios),
+    }
+    print(results, flush=True)
+    results["supervised"] = [supervise(*item, dataset) for item in SUPERVISED.items()]
+
+    def measure(name, flags):
+        return run(name, flags, data_dir) | {"epoch_seconds": spread(seconds[flags])}
+
+    results["algorithms"] = [measure(*item) for item in ALGORITHMS.items()]
+    results["strong"] = measure("strong setting", STRONG)
+    results["equal_feedback"] = measure("equal feedback", EQUAL_FEEDBACK)
+    write_results("comparison", results)
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()
