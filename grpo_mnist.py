@@ -434,19 +434,19 @@ def calculate_rewards(actions, labels):
 
 
 @partial(jax.jit, static_argnames=("baseline", "scale_rewards"))
-def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=None):
+def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     """How much better than expected each answer did: any real rewards (B, G) -> float32 (B, G).
 
     (r - baseline) / (deviation + 1e-8). "group" for both is GRPO (DeepSeekMath, arXiv 2402.03300,
     section 4.1.2; the 1e-8 is added), "loo" RLOO (arXiv 2402.14740, section 2.3), "group" without
     deviation Dr. GRPO (arXiv 2503.20783, section 3.2); with "batch" the batch is the group. "ema"
-    and "critic" subtract expected_rewards, a moving average () or values (B, 1).
+    and "critic" subtract expected_rewards: a moving average (), or values (B, 1). A group of equal
+    rewards gets exactly 0 where its mean or deviation is used. ValueError for other names.
 
-    Deviations are population ones (ddof=0), and of the rewards, before anything is subtracted.
-    After it they would be the same where a group shares one baseline: "batch", "group" by "group",
-    "ema" (an average of rewards not yet divided: of divided ones it would be another), but not
-    "critic" over a batch, nor "loo". A group of equal rewards gets exactly 0 wherever its own mean
-    or deviation is used. ValueError for other names.
+    The deviation is a population one (ddof=0), of the rewards before anything is subtracted. Taken
+    after, it would be the same for "batch" and "ema", and within an image for "group" and "critic";
+    another for "group" and "critic" over a batch, and for "loo". The moving average of "ema" is one
+    of undivided rewards: of rewards divided first it would be another.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     own_mean, others = rewards.mean(axis=1, keepdims=True), rewards.shape[1] - 1
@@ -576,7 +576,7 @@ def sample_rollout(state, images, labels, key, config):
         rewards,
         baseline=config.baseline,
         scale_rewards=config.scale_rewards,
-        expected_rewards=critic(images) if critic else state.moving_average,
+        expected_rewards=state.moving_average if critic is None else critic(images),
     )
     return Rollout(
         images,
@@ -604,7 +604,7 @@ def loss_fn(networks, rollout, config):
         kl = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
         loss = loss + config.beta * kl
         metrics["kl"] = kl
-    if config.baseline == "critic":
+    if networks.critic is not None:
         loss = loss + value_loss(networks.critic(rollout.images), rollout.rewards)
     ratio = jnp.exp(log_probs - old_log_probs)
     metrics["loss"] = loss
@@ -778,15 +778,17 @@ METRICS = (  # means over the epoch: of rewards over its batches, of the loss ov
     "test_accuracy",  # share of the test images whose likeliest answer is right
     "seconds",  # of training alone
     "images_per_second",
-    "loss",  # no measure of progress: about 0 in a batch's first round, whatever the actor knows
+    "loss",  # no measure of progress: about 0 in a batch's first round, whatever the actor knows;
+    # with a critic, its squared error is in it
     "reward_std",  # standard deviation of a batch's rewards
-    "frac_reward_zero_std",  # share of the groups (batches) whose rewards are all equal
+    "frac_reward_zero_std",  # share of the groups whose rewards are all equal; a group is a batch,
+    # or with baseline group or loo the answers to an image
     "entropy",  # of the policy, in nats; ln 10 = 2.3 is pure guessing
     "kl",  # from the reference, in nats; null while beta is 0, since then there is none
     "ratio_max",  # the largest pi / pi_old of the epoch
     "clip_ratio_low",  # share of answers worse than their group and held at 1 - epsilon
     "clip_ratio_high",  # share of answers better than their group and held at 1 + epsilon
-    "grad_norm",
+    "grad_norm",  # of the actor's gradients
     "learning_rate",
 )
 

@@ -25,20 +25,14 @@ EPOCHS = 100  # more than are run, for the schedules of the learning rate
 
 def prepare_ours(dataset, config):
     """The trainer's own main loop, with nothing but the reporting left out."""
-    import jax
-
-    optimizer = grpo_mnist.create_optimizer(config, EPOCHS * STEPS)
-    key = jax.random.key(0)
-    state = grpo_mnist.create_train_state(key, optimizer=optimizer, config=config)
-    example = next(grpo_mnist.batches(dataset, config, epoch=1))
-    step = grpo_mnist.train_step.lower(state, *example, optimizer=optimizer, config=config)
-    step = step.compile()
+    state, step, _ = grpo_mnist.prepare(config, EPOCHS * STEPS)
+    step = step.lower(state, *next(grpo_mnist.batches(dataset, config, epoch=1))).compile()
 
     def run_epoch(epoch):
         nonlocal state
         batches = grpo_mnist.batches(dataset, config, epoch)
-        state, metrics = grpo_mnist.train_epoch(step, state, batches, lambda: None)
-        return metrics["accuracy"]
+        state, metrics, _ = grpo_mnist.train_epoch(step, state, batches, lambda: None)
+        return metrics["accuracy"].item()
 
     return run_epoch
 

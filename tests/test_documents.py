@@ -41,18 +41,73 @@ def speed_rows():
         yield "| " + " | ".join(cells) + " |"
 
 
+def interval(figures):
+    return f"{figures['mean']:.2%} ± {figures['interval_95']:.2%}"
+
+
+def algorithm_rows():
+    """A table row for each algorithm that benchmarks/comparison.py ran, and for the labels."""
+    results = read_json(RESULTS / "comparison.json")
+    for row in results["algorithms"] + results["supervised"]:
+        cells = [row["name"], interval(row["accuracy"]), interval(row["test_accuracy"])]
+        if "command" in row:
+            cells[1:1] = [f"`{row['command']}`"]
+            cells.append(f"{row['epoch_seconds']['median']:.2f} s")
+            cells.append(f"{row['training_state_bytes']['total'] / 1e6:.2f} MB")
+            cells.append(f"{row['reward_bits'] / 1e6:.2f} M")
+        else:
+            cells[1:1] = ["cross-entropy"]
+            cells += [""] * 3
+        yield "| " + " | ".join(cells) + " |"
+
+
+def strong_rows():
+    """The same for the settings that were tuned."""
+    results = read_json(RESULTS / "comparison.json")
+    for row in (results["strong"], results["equal_feedback"]):
+        cells = [row["name"], f"`{row['command']}`"]
+        cells += [interval(row["accuracy_by_epoch"][4]), interval(row["accuracy"])]
+        cells += [interval(row["test_accuracy"]), f"{row['epoch_seconds']['median']:.2f} s"]
+        cells += [f"{row['reward_bits'] / 1e6:.2f} M"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+CHINESE = {  # the names of rows that README_ch.md translates
+    "REINFORCE, batch baseline": "REINFORCE，批次基準",
+    "batch-mean GRPO": "批次平均 GRPO",
+    "batch-mean GRPO, G = 8": "批次平均 GRPO，G = 8",
+    "GRPO, G = 8": "GRPO，G = 8",
+    "moving average": "移動平均",
+    "PPO with critic": "PPO，含評論家",
+    "labels, same batches": "標籤，相同批次",
+    "labels, batch 64": "標籤，每批 64 張",
+    "cross-entropy": "交叉熵",
+    "strong setting": "強設定",
+    "equal feedback": "相同回饋量",
+}
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_the_tables_are_the_committed_results(readme):
     lines = read(readme).splitlines()
-    rows = [line for line in lines if re.match(r"\| (`python|\d)", line)]
-    assert rows == [*accuracy_rows(), *speed_rows()]
+    rows = [line for line in lines if re.match(r"\| .*\d(%| s) ", line)]
+    expected = [*accuracy_rows(), *algorithm_rows(), *strong_rows(), *speed_rows()]
+    if readme == "README_ch.md":
+        expected = [
+            " | ".join(CHINESE.get(cell, cell) for cell in f"{row} ".split(" | ")).strip()
+            for row in (row.removeprefix("| ") for row in expected)
+        ]
+        expected = [f"| {row}" for row in expected]
+    assert rows == expected
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_machine_is_that_of_the_committed_results(readme):
     text = read(readme)
     accuracy, speed = (read_json(RESULTS / f"{name}.json") for name in ("accuracy", "speed"))
-    assert accuracy["versions"] == speed["versions"]
+    for name in ("speed", "comparison", "tuning"):
+        for fact in ("versions", "processor", "cores", "date"):
+            assert read_json(RESULTS / f"{name}.json")[fact] == accuracy[fact]
     assert re.search(rf"\b{accuracy['cores']} (cores|核心)", text)
     assert accuracy["processor"] in text
     assert accuracy["date"] in text
@@ -71,6 +126,15 @@ def test_the_results_reach_what_was_asked_for():
     assert defaults["accuracy"]["min"] > 0.97
     assert defaults["mean_test_accuracy"] >= 0.97
     assert 0.7 < original["mean_accuracy"] < 0.9
+    comparison = read_json(RESULTS / "comparison.json")
+    assert len(comparison["algorithms"]) >= 9
+    for row in [comparison["strong"], comparison["equal_feedback"], *comparison["algorithms"]]:
+        assert len(row["test_accuracy"]["by_seed"]) == 5
+    assert comparison["strong"]["test_accuracy"]["mean"] >= 0.983
+    assert comparison["strong"]["accuracy_by_epoch"][4]["mean"] >= 0.9734
+    assert comparison["equal_feedback"]["test_accuracy"]["mean"] >= 0.98
+    assert comparison["equal_feedback"]["reward_bits"] <= 1_000_000
+    assert comparison["ratio_64_answers_to_1"]["median"] <= 1.3
     four_rounds, _ = read_json(RESULTS / "speed.json")["rows"]
     assert four_rounds["num_iterations"] == Config().num_iterations
     assert four_rounds["ratios"]["ours / products"]["median"] <= 1.3
@@ -93,7 +157,10 @@ def test_the_flags_are_those_of_config(readme):
     defaults = Config()
     for name in set(Config.__dataclass_fields__) - {"data_dir", "output_dir", "clip_epsilon_high"}:
         default = getattr(defaults, name)
-        assert type(default)(rows[flag(name)]) == default
+        if default is False:
+            assert rows[flag(name)] == "off"
+        else:
+            assert type(default)(rows[flag(name)]) == default
 
 
 def test_the_two_languages_agree():
