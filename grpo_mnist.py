@@ -438,8 +438,8 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     """How much better than expected each answer did: any real rewards (B, G) -> float32 (B, G).
 
     (r - baseline) / (deviation + 1e-8). "group" for both is GRPO (DeepSeekMath, arXiv 2402.03300,
-    section 4.1.2; the 1e-8 is added), "loo" RLOO (arXiv 2402.14740, section 2.3), "group" without
-    deviation Dr. GRPO (arXiv 2503.20783, section 3.2); with "batch" the batch is the group. "ema"
+    section 4.1.2; the 1e-8 is added), "loo" without deviation RLOO (arXiv 2402.14740), "group"
+    without it Dr. GRPO (arXiv 2503.20783, section 3.2); with "batch" the batch is the group. "ema"
     and "critic" subtract expected_rewards: a moving average (), or values (B, 1). A group of equal
     rewards gets exactly 0 where its mean or deviation is used. ValueError for other names.
 
@@ -482,6 +482,7 @@ def average_over_signals(advantages):
 
     The loss is a mean over all answers and proportional to the advantages (B, G); divided by the
     share of the images with an advantage other than 0, it is a mean over those images' answers.
+    Adam divides a constant factor out again: what stays is that all batches weigh the same.
     """
     share = (advantages != 0).any(axis=1).mean()
     return advantages / jnp.maximum(share, 1 / len(advantages))
@@ -817,15 +818,13 @@ def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Pa
     """Says what is about to happen, before the first long wait."""
     num_images = len(dataset.train_images)
     steps, left_over = divmod(num_images, config.batch_size)
-    sizes = {
-        name: sum(leaf[0].size for leaf in jax.tree.leaves(network))
-        for name, network in state.networks._asdict().items()
-    }
-    critic = f"{sizes['critic']:,} parameters" if sizes["critic"] else "none"
+    sizes = training_state_bytes(state)  # a parameter has 4 bytes
+    num_parameters, in_critic = (sizes[name]["weights"] // 4 for name in ("actor", "critic"))
+    critic = f"{in_critic:,} parameters" if in_critic else "none"
     versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
     say(f"Starting GRPO on {dataset.name} training...")
     say(f"Device: {describe_devices()}; {versions}")
-    say(f"Actor: {sizes['actor']:,} parameters; critic: {critic}; {describe_seeds(config)}")
+    say(f"Actor: {num_parameters:,} parameters; critic: {critic}; {describe_seeds(config)}")
     say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
     say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
     say(f"Output: {output_dir}")

@@ -225,8 +225,12 @@ def test_several_seeds_are_the_same_runs_as_each_alone():
     )
     assert (status, errors) == (0, "")
     together = read_history("together")
-    for index in range(5):
-        assert run_program(*flags, f"--seed={7 + index}", f"--output-dir={index}")[0] == 0
+    processes = [
+        start_program(*flags, f"--seed={7 + index}", f"--output-dir={index}") for index in range(5)
+    ]
+    for index, process in enumerate(processes):
+        process.communicate(timeout=120)
+        assert process.returncode == 0
         alone = read_history(str(index))
         for one, all_five in zip(alone, together, strict=True):
             for name, values in all_five["by_seed"].items():
