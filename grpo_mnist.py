@@ -711,12 +711,24 @@ def prepare(config: Config, num_steps: int) -> tuple[TrainState, Callable, Calla
     """
     optimizer = create_optimizer(config, num_steps)
     create, step = (
-        jax.vmap(partial(function, optimizer=optimizer, config=config))
+        for_each_seed(partial(function, optimizer=optimizer, config=config), config.num_seeds)
         for function in (create_train_state, train_step)
     )
     state = jax.jit(create)(jnp.stack([jax.random.key(seed) for seed in config.seeds]))
     predict_all = jax.jit(jax.vmap(predict, in_axes=(0, None)))
     return state, jax.jit(step, donate_argnums=0), predict_all
+
+
+def for_each_seed(function: Callable, num_seeds: int) -> Callable:
+    """vmap over the seeds; not for one alone, since XLA is slower at batches of products."""
+    if num_seeds > 1:
+        return jax.vmap(function)
+
+    def for_one_seed(*arguments):
+        results = function(*jax.tree.map(lambda x: x.squeeze(0), arguments))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
+
+    return for_one_seed
 
 
 def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, dict, float]:
