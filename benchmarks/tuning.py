@@ -4,6 +4,10 @@
 
 DIR is as for grpo_mnist.py. Trains on the first 50,000 training images of MNIST and tests on the
 last 10,000, two seeds for each candidate. Writes results/tuning.json.
+
+Taken for 10 epochs: of those whose sampled answers are right in 97.34% of cases by epoch 5, the
+best on the held-out images; of equal ones, the one that is ahead in epoch 5. For 1,000,000 reward
+bits: the best of those without an entropy bonus, which two seeds do not tell from the best.
 """
 
 import argparse
@@ -37,7 +41,7 @@ CANDIDATES = {
         f"{EQUAL_FEEDBACK} --batch-size 1000 --learning-rate 2e-3",
         f"{EQUAL_FEEDBACK} --batch-size 500 --learning-rate 1e-3",
         f"{EQUAL_FEEDBACK} --batch-size 500 --learning-rate 1e-3 --entropy-coef 0.1",
-        f"{EQUAL_FEEDBACK} --batch-size 250 --learning-rate 1e-3 --num-iterations 8",
+        "--num-epochs 20 --num-iterations 8 --batch-size 250 --learning-rate 1e-3",
     ],
 }
 
@@ -61,7 +65,7 @@ def try_out(flags, dataset):
         state, metrics, _ = grpo_mnist.train_epoch(step, state, stream, lambda: None)
         accuracies.append(float(metrics["accuracy"].mean()))
     answers, _ = predict_all(state.networks.actor, dataset.test_images)
-    held_out_accuracy = np.mean(answers == dataset.test_labels, axis=1)
+    held_out_accuracy = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
     print(
         f"held out {held_out_accuracy.mean():.4f}, sampled in epoch 5 {accuracies[4]:.4f}: {flags}",
         flush=True,

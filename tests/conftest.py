@@ -123,6 +123,6 @@ def train_in_memory(dataset, config):
         batches = grpo_mnist.batches(dataset, config, epoch)
         state, metrics, _ = grpo_mnist.train_epoch(step, state, batches, lambda: None)
         answers, _ = predict_all(state.networks.actor, dataset.test_images)
-        metrics["test_accuracy"] = np.mean(answers == dataset.test_labels, axis=1)
+        metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
         history.append(grpo_mnist.over_seeds(metrics))
     return history
