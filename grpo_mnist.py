@@ -166,11 +166,7 @@ class Config:
         for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
             useful = self.beta > 0 or getattr(self, name) == unused
             yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
-        yield (
-            "seed",
-            0 <= self.seed <= 2**32 - self.num_seeds,
-            "0 or more, and the last below 2**32",
-        )
+        yield "seed", 0 <= self.seed <= 2**32 - self.num_seeds, "0 or more, the last below 2**32"
 
     @property
     def seeds(self) -> range:
