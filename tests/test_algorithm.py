@@ -155,7 +155,7 @@ def advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards=None):
 @pytest.mark.parametrize("scale_rewards", SCALES)
 @pytest.mark.parametrize("baseline", BASELINES)
 @given(rewards=REWARDS, expected_reward=st.floats(-10, 10, width=32))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_advantages_against_a_loop(baseline, scale_rewards, rewards, expected_reward):
     rewards = np.round(rewards, 2)  # no deviations below what float32 can tell from 0
     expected_rewards = np.float32(expected_reward)
@@ -175,7 +175,7 @@ def test_advantages_against_a_loop(baseline, scale_rewards, rewards, expected_re
 @pytest.mark.parametrize("scale_rewards", SCALES)
 @pytest.mark.parametrize("baseline", ["batch", "group", "loo"])
 @given(reward=st.floats(-1e6, 1e6, width=32), shape=SHAPES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_equal_rewards_give_exactly_zero(baseline, scale_rewards, reward, shape):
     rewards = np.full(shape, reward, np.float32)
     assert not np.any(group_advantages(rewards, baseline=baseline, scale_rewards=scale_rewards))
@@ -183,7 +183,7 @@ def test_equal_rewards_give_exactly_zero(baseline, scale_rewards, reward, shape)
 
 @pytest.mark.parametrize("names", [("group", "group"), ("loo", "none"), ("batch", "group")])
 @given(rewards=hnp.arrays(np.float32, (5, 7), elements=st.floats(-100, 100, width=32)))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_an_image_of_equal_rewards_gets_exactly_zero_beside_others(names, rewards):
     rewards[2] = 0.1
     advantages = group_advantages(rewards, baseline=names[0], scale_rewards=names[1])

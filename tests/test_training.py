@@ -181,15 +181,14 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("flags", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_every_algorithm_learns(dataset, flags):
-    """One epoch, for three seeds at once: chance is 10%."""
-    (metrics,) = train_in_memory(dataset, Config(num_epochs=1, num_seeds=3, **flags))
-    assert min(metrics["by_seed"]["test_accuracy"]) > 0.4
-    assert len(set(metrics["by_seed"]["accuracy"])) == 3
+    """One epoch; chance is 10%."""
+    (metrics,) = train_in_memory(dataset, Config(num_epochs=1, **flags))
+    assert metrics["test_accuracy"] > 0.4
 
 
 def test_a_step_for_several_seeds_is_the_step_for_each(dataset):
     """With the defaults: the same answers; parameters as equal as float32 sums in another order."""
-    num_seeds = 3
+    num_seeds = 2
     together, step, _ = grpo_mnist.prepare(Config(num_seeds=num_seeds), num_steps=10)
     images, labels = next(grpo_mnist.batches(dataset, Config(num_seeds=num_seeds), epoch=1))
     together, metrics = step(together, images, labels)
@@ -203,11 +202,11 @@ def test_a_step_for_several_seeds_is_the_step_for_each(dataset):
         assert float(own_metrics["loss"][0]) == pytest.approx(
             float(metrics["loss"][seed]), abs=1e-6
         )
-        for one, all_three in zip(
+        for one, beside in zip(
             jax.tree.leaves(alone.networks), jax.tree.leaves(together.networks), strict=True
         ):
             # Where a gradient is 0 but for rounding, Adam's first steps differ.
-            difference = np.abs(np.asarray(one[0]) - all_three[seed])
+            difference = np.abs(np.asarray(one[0]) - beside[seed])
             assert difference.mean() < 1e-6
             assert np.mean(difference > 1e-5) < 0.01
 
