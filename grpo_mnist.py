@@ -150,9 +150,12 @@ class Config:
         alone = "2 or more: a group of one learns nothing"
         by_batch = "batch" in (self.baseline, self.scale_rewards)
         yield "batch_size", answers > 1 or not by_batch, alone
-        yield "num_generations", self.num_generations > 1 or not self.compares_answers, alone
+        several = self.num_generations > 1 or not self.compares_answers
+        names = f"--baseline {self.baseline} with --scale-rewards {self.scale_rewards}"
+        yield "num_generations", several, f"2 or more: {names} compares the answers to an image"
         useful = self.compares_answers or not self.dynamic_sampling
-        yield "dynamic_sampling", useful, "off unless the answers to an image are a group"
+        groups = "--baseline is group or loo, or --scale-rewards group"
+        yield "dynamic_sampling", useful, f"off unless {groups}"
         pieces = self.num_minibatches
         fits = pieces >= 1 and self.batch_size % pieces == 0
         yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
@@ -849,8 +852,9 @@ def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Pa
 
 
 def describe_seeds(config: Config) -> str:
-    first, last = config.seeds[0], config.seeds[-1]
-    return f"seed {first}" if first == last else f"seeds {first} to {last}, mean and 95% interval"
+    if config.num_seeds == 1:
+        return f"seed {config.seed}"
+    return f"seeds {config.seeds[0]} to {config.seeds[-1]}: mean and 95% interval"
 
 
 def epoch_record(metrics, config, epoch, seconds, num_steps) -> dict[str, Any]:

@@ -160,10 +160,10 @@ def draw(results):
         figures["by_seed"] for figures in rows["REINFORCE, K = 1"]["test_accuracy_by_epoch"]
     ]
     lines = left.plot(range(1, 11), 100 * np.array(by_epoch), color="C7", lw=1)
-    lines[0].set_label("REINFORCE, each of 5 seeds")
+    lines[0].set_label("REINFORCE, K = 1: each of 5 seeds")
     for name in ("batch-mean GRPO", "PPO with critic", "GRPO, G = 8"):
         draw_curve(left, rows[name], "test_accuracy_by_epoch", "o-")
-    left.set(title="test images, likeliest answer")
+    left.set(title="test images: mean and 95% interval, n = 5")
     finish_curves(left)
     names = list(reversed(rows))
     for metric, color, marker, shift, label in (
@@ -189,7 +189,7 @@ def draw(results):
     right.axvline(labels, color="black", lw=1, ls=":", label="labels, batch 64, test images")
     right.set_yticks(range(len(names)), names)
     right.set(xlim=(96.8, 99), ylim=(-0.6, len(names) + 1.4), xlabel="accuracy (%)")
-    right.set(title="after 10 epochs: mean and 95% interval, 5 seeds")
+    right.set(title="after 10 epochs: mean and 95% interval, n = 5")
     right.set_xticks(np.arange(97, 99.1, 0.5))
     right.grid(alpha=0.3)
     right.legend(fontsize=8, loc="upper right")
@@ -197,15 +197,23 @@ def draw(results):
 
     figure = Figure(figsize=(6.5, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    draw_curve(axes, results["strong"], "test_accuracy_by_epoch", "s-", "strong setting, test")
-    draw_curve(axes, results["strong"], "accuracy_by_epoch", "o-", "strong setting, sampled")
-    defaults = rows["batch-mean GRPO"]
-    draw_curve(axes, defaults, "test_accuracy_by_epoch", "s--", "defaults, test")
-    draw_curve(axes, defaults, "accuracy_by_epoch", "o--", "defaults, sampled")
     draw_curve(
-        axes, results["supervised"][1], "test_accuracy_by_epoch", ":", "labels, batch 64, test"
+        axes, results["strong"], "test_accuracy_by_epoch", "s-", "strong setting, test images"
     )
-    axes.set(ylim=(92, 100), title="mean and 95% interval, n = 5 seeds")
+    draw_curve(
+        axes, results["strong"], "accuracy_by_epoch", "o-", "strong setting, sampled answers"
+    )
+    defaults = rows["batch-mean GRPO"]
+    draw_curve(axes, defaults, "test_accuracy_by_epoch", "s--", "defaults, test images")
+    draw_curve(axes, defaults, "accuracy_by_epoch", "o--", "defaults, sampled answers")
+    draw_curve(
+        axes,
+        results["supervised"][1],
+        "test_accuracy_by_epoch",
+        ":",
+        "labels, batch 64, test images",
+    )
+    axes.set(ylim=(82, 100), title="mean and 95% interval, n = 5 seeds")
     finish_curves(axes)
     figure.savefig(RESULTS / "strong.png")
     print("drawn: algorithms.png, strong.png")

@@ -86,7 +86,7 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "labels, batch 1024": "標籤，每批 1024 張",
     "labels, batch 64": "標籤，每批 64 張",
     "cross-entropy": "交叉熵",
-    "strong setting": "強設定",
+    "strong setting": "高準確率設定",
     "equal feedback": "相同回饋量",
 }
 

@@ -211,25 +211,20 @@ def test_a_step_for_several_seeds_is_the_step_for_each(dataset):
             assert np.mean(difference > 1e-5) < 0.01
 
 
-def test_several_seeds_are_the_same_runs_as_each_alone():
-    """In one program and in five processes: the same figures for each seed.
+def test_several_seeds_are_the_same_runs_as_each_alone(capfd):
+    """In one compiled program and in five runs: the same figures for each seed.
 
     At a learning rate at which rounding is not amplified: at the default one, a difference in the
     last bit grows tenfold a step, as it does between machines, until a sampled answer differs.
     """
     flags = ("--dataset=digits", "--num-epochs=3", "--batch-size=4096", "--num-generations=2")
     flags += ("--learning-rate=1e-4", "--num-iterations=1")
-    status, output, errors = run_program(
-        *flags, "--seed=7", "--num-seeds=5", "--output-dir=together"
-    )
-    assert (status, errors) == (0, "")
+    assert grpo_mnist.main([*flags, "--seed=7", "--num-seeds=5", "--output-dir=together"]) == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
     together = read_history("together")
-    processes = [
-        start_program(*flags, f"--seed={7 + index}", f"--output-dir={index}") for index in range(5)
-    ]
-    for index, process in enumerate(processes):
-        process.communicate(timeout=120)
-        assert process.returncode == 0
+    for index in range(5):
+        assert grpo_mnist.main([*flags, f"--seed={7 + index}", f"--output-dir={index}"]) == 0
         alone = read_history(str(index))
         for one, all_five in zip(alone, together, strict=True):
             for name, values in all_five["by_seed"].items():
