@@ -28,8 +28,10 @@ are right, and then 97.2% of the test images, after 16 s in all (medians of five
 benchmarks/results/accuracy.json).
 """
 
+import argparse
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import io
@@ -38,6 +40,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -84,7 +88,7 @@ class RunError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal, whose number is the argument, asked the run to stop (128 + the number)."""
+    """A signal asked the run to stop (128 + its number); arguments: the number, the directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +129,17 @@ class Config:
     seed: int = 0  # Decides the weights, the order of the images and every sampled answer.
     num_seeds: int = 1  # Independent runs, seed and those after it, in one compiled program.
     output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
+    # Continue the run in this directory; its own config holds, and other flags may not contradict.
+    resume: Path | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_dir") and isinstance(value, str | Path):
+            if has_type(Path(), field.type) and isinstance(value, str | Path):
                 object.__setattr__(self, field.name, Path(os.path.expanduser(value)))
             elif not has_type(value, field.type):
                 raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
-        for name, allowed, rule in self.rules():
+        for name, allowed, rule in () if self.resume else self.rules():
             if not allowed:
                 raise UsageError(f"{flag(name)} {getattr(self, name)} must be {rule}")
 
@@ -195,7 +201,8 @@ def has_type(value: Any, annotation: Any) -> bool:
     kinds = typing.get_args(annotation) or (annotation,)
     if typing.get_origin(annotation) is Literal:
         return value in kinds
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    is_path = isinstance(value, Path) and Path in kinds
+    return is_path or type(value) in kinds or (type(value) is int and float in kinds)
 
 
 # --- Data: files, verified; batches ---------------------------------------------------------
@@ -678,38 +685,47 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Trains, printing and writing as it goes; returns the metrics of each epoch (see METRICS).
 
     Raises UsageError before a run directory is made, RunError if data, numbers or the disk fail,
-    Interrupted after the step during which a signal's number has appeared in signals.
+    Interrupted after the step during which a signal's number has appeared in signals. After any of
+    them, and after a crash, config.resume continues the run as if nothing had happened.
     """
     began = time.perf_counter()
-    dataset = load_dataset(config.dataset, config.data_dir)
+    dataset_name = config.dataset
+    if config.resume:
+        config, dataset_name = config_to_resume(config)
+        if (config.resume / "summary.json").exists():
+            say(f"{config.resume}: this run is finished; nothing is left to do.")
+            return read_history(config.resume)
+    dataset = load_dataset(dataset_name, config.data_dir)
     steps_per_epoch = len(dataset.train_images) // config.batch_size
     if steps_per_epoch == 0:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train_images)}"
             f" training images of {dataset.name}; choose a smaller one"
         )
-    output_dir = open_output_dir(config, dataset)
-    state, step, predict_all = prepare(config, config.num_epochs * steps_per_epoch)
-    announce(config, dataset, state, output_dir)
-    step = step.lower(state, *next(batches(dataset, config, epoch=1))).compile()
-    history = []
-    with progress_bar(config.num_epochs * steps_per_epoch) as advance:
-        for epoch in range(1, config.num_epochs + 1):
-            state = sync_reference(state, config, epoch)
-            stream = batches(dataset, config, epoch)
-            state, metrics, seconds = train_epoch(step, state, stream, advance, signals)
-            answers, confidences = jax.device_get(
-                predict_all(state.networks.actor, dataset.test_images)
-            )
-            metrics["test_accuracy"] = np.mean(answers == dataset.test_labels, axis=1)
-            check_finite(metrics, state.networks, config, epoch)
-            history.append(epoch_record(metrics, config, epoch, seconds, steps_per_epoch))
-            report_epoch(history, config, output_dir)
-    summary = summarize_run(metrics, config, dataset, state, time.perf_counter() - began)
-    write_json(output_dir / "summary.json", summary)
-    plot_curves(history, config, dataset, answers[0], confidences[0], output_dir)
-    announce_end(summary, output_dir)
-    return history
+    facts = describe_run(config, dataset)
+    with open_output_dir(config, facts) as output_dir:
+        state, step, predict_all = prepare(config, config.num_epochs * steps_per_epoch)
+        announce(config, dataset, state, output_dir)
+        run, newest = restore(output_dir, state, facts)
+        began -= run.seconds
+        step = step.lower(state, *next(batches(dataset, config, epoch=1))).compile()
+        done = len(run.history) * steps_per_epoch + len(run.step_metrics)
+        with progress_bar(config.num_epochs * steps_per_epoch, done) as advance:
+            while len(run.history) < config.num_epochs:
+                run = train_epoch(run, step, predict_all, dataset, config, advance, signals)
+                run = run._replace(seconds=time.perf_counter() - began)
+                newest = write_checkpoint(run, facts, output_dir, previous=newest)
+                if not run.step_metrics:
+                    report_epoch(run.history, config, output_dir)
+                if signals:
+                    raise Interrupted(signals[0], output_dir)
+        actor = run.state.networks.actor
+        answers, confidences = jax.device_get(predict_all(actor, dataset.test_images))
+        plot_curves(run.history, config, dataset, answers[0], confidences[0], output_dir)
+        summary = summarize_run(run, config, dataset, time.perf_counter() - began)
+        write_json(output_dir / "summary.json", summary)  # the last file: the run is finished
+        announce_end(summary, output_dir)
+    return run.history
 
 
 def prepare(config: Config, num_steps: int) -> tuple[TrainState, Callable, Callable]:
@@ -740,11 +756,41 @@ def for_each_seed(function: Callable, num_seeds: int) -> Callable:
     return for_one_seed
 
 
-def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, dict, float]:
-    """Streams an epoch's batches through the step, calling advance after each.
+class Run(NamedTuple):
+    """A run between two steps: with its config, all that decides how it goes on."""
 
-    Returns the state, the metrics (S,) by name, averaged over the epoch, and the seconds. Nothing
-    waits for the device before the last batch is on its way. Raises Interrupted as train does.
+    state: TrainState
+    history: list[dict[str, Any]]  # of the finished epochs, see METRICS
+    step_metrics: list[dict[str, np.ndarray]]  # of the steps of the epoch under way, (S,) by name
+    epoch_seconds: float  # of the epoch under way
+    seconds: float  # of the whole run
+
+
+def train_epoch(run, step, predict_all, dataset, config, advance, signals=()) -> Run:
+    """Trains to the end of the epoch under way; a signal ends it sooner, after a step."""
+    epoch, done = len(run.history) + 1, len(run.step_metrics)
+    stream = itertools.islice(batches(dataset, config, epoch), done, None)
+    state, step_metrics, seconds = stream_batches(step, run.state, stream, advance, signals)
+    seconds += run.epoch_seconds
+    step_metrics = run.step_metrics + step_metrics
+    metrics = average_over_steps(step_metrics)
+    finished = len(step_metrics) == len(dataset.train_images) // config.batch_size
+    if finished:
+        answers, _ = predict_all(state.networks.actor, dataset.test_images)
+        metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
+    check_finite(metrics, state.networks, config, epoch)
+    if not finished:
+        return run._replace(state=state, step_metrics=step_metrics, epoch_seconds=seconds)
+    record = epoch_record(metrics, config, epoch, seconds, len(step_metrics))
+    state = sync_reference(state, config, epoch)
+    return Run(state, [*run.history, record], [], epoch_seconds=0.0, seconds=run.seconds)
+
+
+def stream_batches(step, state, stream, advance, signals=()) -> tuple[TrainState, list, float]:
+    """Streams batches through the step, calling advance after each, until they or a signal end it.
+
+    Returns the state, the metrics of each step, (S,) by name, and the seconds. Nothing waits for
+    the device before the last batch is on its way.
     """
     began = time.perf_counter()
     step_metrics = []
@@ -753,12 +799,15 @@ def train_epoch(step, state, stream, advance, signals=()) -> tuple[TrainState, d
         step_metrics.append(metrics)
         advance()
         if signals:
-            jax.block_until_ready(state)  # JAX can crash if Python ends during a step
-            raise Interrupted(signals[0])
+            break
     step_metrics = jax.device_get(step_metrics)
-    seconds = time.perf_counter() - began
+    return state, step_metrics, time.perf_counter() - began
+
+
+def average_over_steps(step_metrics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The metrics of an epoch, (S,) by name, from those of its steps."""
     by_name = jax.tree.map(lambda *values: np.stack(values), *step_metrics)
-    return state, {name: summarize(name, values) for name, values in by_name.items()}, seconds
+    return {name: summarize(name, values) for name, values in by_name.items()}
 
 
 def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
@@ -771,8 +820,8 @@ def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransforma
 
 
 def sync_reference(state: TrainState, config: Config, epoch: int) -> TrainState:
-    """Makes the reference the current actor, where the epoch is one for it."""
-    if config.ref_sync_epochs == 0 or epoch == 1 or (epoch - 1) % config.ref_sync_epochs:
+    """Makes the reference the current actor, where the epoch that has ended is one for it."""
+    if config.ref_sync_epochs == 0 or epoch % config.ref_sync_epochs:
         return state
     return state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
 
@@ -786,9 +835,162 @@ def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) 
     for index, seed in enumerate(config.seeds):
         if wrong := [name for name in finite if not finite[name][index]]:
             raise RunError(
-                f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}; what earlier epochs"
-                " wrote stays; try a smaller --learning-rate"
+                f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}; what was"
+                " written before stays; try another run with a smaller --learning-rate"
             )
+
+
+# --- Checkpoints ----------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 1  # a change that this program could not read takes the next number
+
+
+def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | None) -> Path:
+    """Writes the run into checkpoints/, keeps the previous one beside it; returns its path.
+
+    An .npz file, with its SHA-256 appended: an array for each of the state, and the rest as JSON.
+    (Orbax would need this digest as well, since it restores flipped bits without a word, and a
+    search for the newest whole step; without it both are these few lines.)
+    """
+    header = {"format": CHECKPOINT_FORMAT, "facts": facts}
+    header |= {name: value for name, value in run._asdict().items() if name != "state"}
+    content = io.BytesIO()
+    text = json.dumps(header, default=lambda value: np.asarray(value).tolist())
+    np.savez(content, header=text, **named_arrays(run.state))
+    step = f"-step-{len(run.step_metrics)}" if run.step_metrics else ""
+    path = output_dir / "checkpoints" / f"epoch-{len(run.history)}{step}.npz"
+    write_file(path, content.getbuffer(), hashlib.sha256(content.getbuffer()).digest())
+    for other in path.parent.glob("epoch-*"):
+        if other not in (path, previous):
+            other.unlink()
+    return path
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
+    """The newest whole checkpoint of a run: its path, header, and arrays; None before the first.
+
+    RunError if there should be one and is none, UsageError if a newer program wrote it.
+    """
+    paths = checkpoint_paths(run_dir)
+    for path in paths:
+        content = path.read_bytes()
+        packed, digest = content[:-32], content[-32:]
+        if hashlib.sha256(packed).digest() == digest:
+            arrays = dict(np.load(io.BytesIO(packed)))
+            header = json.loads(str(arrays.pop("header")))
+            if header["format"] > CHECKPOINT_FORMAT:
+                raise UsageError(
+                    f"{path} has format {header['format']}, and this program reads format"
+                    f" {CHECKPOINT_FORMAT}; continue the run with the program that wrote it"
+                )
+            return path, header, arrays
+    unfinished = not (run_dir / "summary.json").exists()
+    if unfinished and (paths or (run_dir / "metrics.jsonl").exists()):
+        damaged = ", ".join(path.name for path in paths) or "none is left"
+        raise RunError(
+            f"{run_dir / 'checkpoints'} holds no whole checkpoint ({damaged}); put one back, or"
+            " start the run again in another --output-dir"
+        )
+    return None
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """The newest first."""
+    paths = (run_dir / "checkpoints").glob("epoch-*.npz")
+    return sorted(paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])[::-1]
+
+
+def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path | None]:
+    """The run as its newest whole checkpoint has it, and that one's path, or else the fresh state.
+
+    RunError if the checkpoint is not one of this very program.
+    """
+    found = newest_checkpoint(output_dir)
+    if found is None:
+        return Run(fresh, [], [], epoch_seconds=0.0, seconds=0.0), None
+    path, header, arrays = found
+    expected = named_arrays(fresh)
+    shapes, expected_shapes = (
+        {name: (x.shape, x.dtype) for name, x in each.items()} for each in (arrays, expected)
+    )
+    if shapes != expected_shapes:
+        raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
+    key_data = fresh._replace(key=jax.random.key_data(fresh.key))
+    leaves = [jnp.array(arrays[name]) for name in expected]
+    state = jax.tree.unflatten(jax.tree.structure(key_data), leaves)
+    state = state._replace(key=jax.random.wrap_key_data(state.key))
+    step_metrics = [
+        {name: np.array(values, np.float32) for name, values in metrics.items()}
+        for metrics in header["step_metrics"]
+    ]
+    run = Run(state, header["history"], step_metrics, header["epoch_seconds"], header["seconds"])
+    announce_restored(run, path, header["facts"], facts)
+    write_history(run.history, output_dir)
+    return run, path
+
+
+def announce_restored(run: Run, path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Says from where the run goes on, and what is not as it was when it stopped."""
+    run_dir, last = path.parent.parent, len(run.history)
+    for newer in itertools.takewhile(path.__ne__, checkpoint_paths(run_dir)):
+        say(f"NOTICE: {newer} is damaged (its SHA-256 is another) and is not used.")
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists() and metrics.read_bytes().count(b"\n") > last:
+        say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
+    before, after = ({"device": each["device"]} | each["versions"] for each in (then, now))
+    for name in after:
+        if after[name] != before[name]:
+            say(f"NOTICE: {name} was {before[name]}, is {after[name]}: results may differ by it.")
+    steps = f" and {len(run.step_metrics)} steps" if run.step_metrics else ""
+    say(f"Resumed: {last} of {then['num_epochs']} epochs{steps} are done, from {path}")
+
+
+def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """The arrays of a state by name, such as networks.actor.output.bias.value."""
+    state = state._replace(key=jax.random.key_data(state.key))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def config_to_resume(given: Config, unsaid: Config | None = None) -> tuple[Config, str]:
+    """The config of the run in given.resume, and the name of its data set.
+
+    UsageError if there is none, or if a field of given is neither as it is there nor as it is
+    unsaid (the default).
+    """
+    stored, dataset_name = stored_config(given.resume)
+    unsaid = unsaid or Config()
+    for name, value in vars(stored).items():
+        said = getattr(given, name)
+        if name != "resume" and said not in (value, getattr(unsaid, name)):
+            raise UsageError(
+                f"{flag(name)} {said} contradicts {value}, which the run in {given.resume} has;"
+                " leave the flag out, or start another run"
+            )
+    return stored, dataset_name
+
+
+def stored_config(run_dir: Path) -> tuple[Config, str]:
+    """The config of the run in a directory, and the name of its data set; UsageError without one.
+
+    From the newest whole checkpoint, whose digest vouches for it; before the first one, from
+    config.json.
+    """
+    try:
+        if found := newest_checkpoint(run_dir):
+            facts = found[1]["facts"]
+        else:
+            facts = json.loads((run_dir / "config.json").read_text())
+        config = Config(**{field.name: facts[field.name] for field in dataclasses.fields(Config)})
+        return dataclasses.replace(config, resume=run_dir), facts["trained_on"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"--resume {run_dir} is not the directory of a run ({first_line(error)}); name another"
+        ) from error
 
 
 # --- Reporting ------------------------------------------------------------------------------
@@ -815,24 +1017,49 @@ METRICS = (  # means over the epoch: of rewards over its batches, of the loss ov
 )
 
 
-def open_output_dir(config: Config, dataset: Dataset) -> Path:
-    """Creates the run's directory with its config.json; UsageError if it cannot or must not."""
-    default_name = f"{dataset.name}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    output_dir = config.output_dir or Path("runs", default_name)
-    for name in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints"):
-        if os.path.lexists(output_dir / name):
-            raise UsageError(f"--output-dir {output_dir} holds a run ({name}); name a new one")
-    facts = {"versions": library_versions(), "device": describe_devices()}
-    facts["trained_on"] = dataset.name
+@contextlib.contextmanager
+def open_output_dir(config: Config, facts: dict[str, Any]) -> Iterator[Path]:
+    """Creates the run's directory with the facts in config.json, or opens the one to resume.
+
+    Keeps other runs out until it is left; the system takes the lock from a process that dies.
+    UsageError if the directory cannot be written, holds another run, or is in use.
+    """
+    default_name = f"{facts['trained_on']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    output_dir = config.resume or config.output_dir or Path("runs", default_name)
+    refuse_another_run(config, output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.json").touch(exist_ok=False)  # of two runs at once, one gets it
+        lock = (output_dir / ".lock").open("w")
     except OSError as error:
         raise UsageError(
             f"--output-dir {output_dir} cannot be written ({error.strerror}); name another"
         ) from error
-    write_json(output_dir / "config.json", dataclasses.asdict(config) | facts)
-    return output_dir
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--output-dir {output_dir} is in use by another run") from error
+        refuse_another_run(config, output_dir)
+        (output_dir / "checkpoints").mkdir(exist_ok=True)
+        write_json(output_dir / "config.json", facts)
+        yield output_dir
+
+
+def refuse_another_run(config: Config, output_dir: Path) -> None:
+    for name in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints/*"):
+        if not config.resume and any(output_dir.glob(name)):
+            raise UsageError(
+                f"--output-dir {output_dir} holds a run ({name}); name a new one, or continue that"
+                f" with --resume {output_dir}"
+            )
+
+
+def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What config.json holds: the fields of Config, and where and on what they were used."""
+    fields = vars(config) | {"resume": None}
+    facts = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
+    facts |= {"versions": library_versions(), "device": describe_devices()}
+    return facts | {"trained_on": dataset.name}
 
 
 def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Path) -> None:
@@ -891,8 +1118,7 @@ def percent(figures: dict[str, Any], name: str) -> str:
 
 def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path) -> None:
     """Prints the last epoch's line and brings metrics.jsonl up to date."""
-    lines = [json.dumps(record) + "\n" for record in history]
-    write_file(output_dir / "metrics.jsonl", "".join(lines).encode())
+    write_history(history, output_dir)
     last = history[-1]
     say(
         f"Epoch {last['epoch']}/{config.num_epochs}, Accuracy: {percent(last, 'accuracy')},"
@@ -901,18 +1127,33 @@ def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path
     )
 
 
-def summarize_run(metrics, config, dataset, state, seconds: float) -> dict[str, Any]:
-    """What summary.json holds, from the last epoch's metrics; the seconds of the whole run."""
+def write_history(history: list[dict[str, Any]], output_dir: Path) -> None:
+    lines = [json.dumps(record) + "\n" for record in history]
+    write_file(output_dir / "metrics.jsonl", "".join(lines).encode())
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); the checkpoints have a copy") from error
+
+
+def summarize_run(run: Run, config: Config, dataset: Dataset, seconds: float) -> dict[str, Any]:
+    """What summary.json holds; the seconds are those of the whole run."""
+    actor, last = run.state.networks.actor, run.history[-1]
+    names = ("accuracy", "test_accuracy", "interval_95", "by_seed")
     figures = {"dataset": dataset.name, "num_epochs": config.num_epochs}
-    figures |= over_seeds({name: metrics[name] for name in ("accuracy", "test_accuracy")})
+    figures |= {name: last[name] for name in names if name in last}
     if config.num_seeds > 1:
-        each = range(config.num_seeds)
-        actors = [jax.tree.map(lambda x, i=i: x[i], state.networks.actor) for i in each]
-        figures["by_seed"]["params_sha256"] = [params_sha256(actor) for actor in actors]
+        actors = [jax.tree.map(lambda x, i=i: x[i], actor) for i in range(config.num_seeds)]
+        hashes = {"params_sha256": [params_sha256(each) for each in actors]}
+        figures["by_seed"] = last["by_seed"] | hashes
     return figures | {
         "seconds": seconds,
-        "training_state_bytes": training_state_bytes(state),
-        "params_sha256": params_sha256(state.networks.actor),
+        "training_state_bytes": training_state_bytes(run.state),
+        "params_sha256": params_sha256(actor),
     }
 
 
@@ -989,12 +1230,12 @@ def params_sha256(actor: Actor) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(num_steps: int) -> Iterator[Callable[[], None]]:
+def progress_bar(num_steps: int, done: int) -> Iterator[Callable[[], None]]:
     """Yields what to call after each step; draws on a terminal, and nothing into a pipe."""
     columns = TextColumn("Training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     piped = sys.stdout is None or not sys.stdout.isatty()
     with Progress(*columns, transient=True, refresh_per_second=4, disable=piped) as progress:
-        task = progress.add_task("", total=num_steps)
+        task = progress.add_task("", total=num_steps, completed=done)
         yield lambda: progress.advance(task)
 
 
@@ -1016,22 +1257,30 @@ def describe_devices() -> str:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_file(path, json.dumps(value, indent=2, default=str).encode() + b"\n")
+    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: under another name first, then renamed."""
+def write_file(path: Path, *chunks: Any) -> None:
+    """Writes a file whole or not at all, and on the disk before it returns.
+
+    Under another name first, so that its content is there before its name is.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}; make room, run again"
-        ) from error
-    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; mend that, then continue with --resume"
+        ) from error
 
 
 def say(line: str) -> None:
@@ -1055,8 +1304,9 @@ def main(argv: list[str] | None = None) -> int:
         train(parse_flags(argv), signals)
         return 0
     except Interrupted as interruption:
-        number = interruption.args[0]
-        return complain(f"stopped by {signal.Signals(number).name}", status=128 + number)
+        number, run_dir = interruption.args
+        remedy = f"continue with: python grpo_mnist.py --resume {shlex.quote(str(run_dir))}"
+        return complain(f"stopped by {signal.Signals(number).name}; {remedy}", status=128 + number)
     except UsageError as error:
         return complain(error, status=2)
     except BrokenPipeError as error:  # the reader of our output has gone, as `| head` does
@@ -1073,11 +1323,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_flags(argv: list[str] | None) -> Config:
-    """Flags to Config. tyro explains a mistake in a box; this raises its first sentence."""
+    """Flags to Config; with --resume, what they leave unsaid is as in the run to continue.
+
+    tyro explains a mistake in a box; this raises its first sentence.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
+    run_dir = finder.parse_known_args(argv)[0].resume
+    unsaid = stored_config(Path(run_dir))[0] if run_dir else Config()
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Config, args=argv, description=first_line(__doc__))
+            given = tyro.cli(Config, args=argv, default=unsaid, description=first_line(__doc__))
+        return config_to_resume(given, unsaid)[0] if run_dir else given
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise

@@ -143,7 +143,7 @@ def time_epochs(commands, dataset):
         for flags, runner in runners.items():
             state, step, config = runner
             stream = grpo_mnist.batches(dataset, config, epoch)
-            runner[0], _, taken = grpo_mnist.train_epoch(step, state, stream, lambda: None)
+            runner[0], _, taken = grpo_mnist.stream_batches(step, state, stream, lambda: None)
             if epoch > 1:
                 seconds[flags].append(taken)
     return seconds

@@ -31,8 +31,8 @@ def prepare_ours(dataset, config):
     def run_epoch(epoch):
         nonlocal state
         batches = grpo_mnist.batches(dataset, config, epoch)
-        state, metrics, _ = grpo_mnist.train_epoch(step, state, batches, lambda: None)
-        return metrics["accuracy"].item()
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches, lambda: None)
+        return grpo_mnist.average_over_steps(step_metrics)["accuracy"].item()
 
     return run_epoch
 

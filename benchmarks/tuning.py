@@ -62,8 +62,8 @@ def try_out(flags, dataset):
     accuracies = []
     for epoch in range(1, config.num_epochs + 1):
         stream = grpo_mnist.batches(dataset, config, epoch)
-        state, metrics, _ = grpo_mnist.train_epoch(step, state, stream, lambda: None)
-        accuracies.append(float(metrics["accuracy"].mean()))
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, stream, lambda: None)
+        accuracies.append(np.mean([metrics["accuracy"] for metrics in step_metrics]).item())
     answers, _ = predict_all(state.networks.actor, dataset.test_images)
     held_out_accuracy = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
     print(

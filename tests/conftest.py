@@ -121,7 +121,8 @@ def train_in_memory(dataset, config):
     history = []
     for epoch in range(1, config.num_epochs + 1):
         batches = grpo_mnist.batches(dataset, config, epoch)
-        state, metrics, _ = grpo_mnist.train_epoch(step, state, batches, lambda: None)
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches, lambda: None)
+        metrics = grpo_mnist.average_over_steps(step_metrics)
         answers, _ = predict_all(state.networks.actor, dataset.test_images)
         metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
         history.append(grpo_mnist.over_seeds(metrics))

@@ -711,7 +711,7 @@ def test_the_kl_term_is_from_the_reference_and_not_from_the_last_policy(dataset)
 
 def test_the_reference_is_refreshed_when_asked(dataset):
     state = one_step(dataset, HELD_BACK).after
-    for epoch, refreshed in ((1, False), (2, False), (3, True), (4, False), (5, True)):
+    for epoch, refreshed in ((1, False), (2, True), (3, False), (4, True)):
         reference = grpo_mnist.sync_reference(state, HELD_BACK, epoch).reference
         same = np.array_equal(reference.output.kernel, state.networks.actor.output.kernel)
         assert same == refreshed, epoch

@@ -27,7 +27,6 @@ BAD_INPUT = [
     (["--num_epoch", "3"], "--num"),
     (["stray"], "stray"),
     (["-x"], "-x"),
-    (["--resume", "runs/1"], "--resume"),  # not there yet
     # without a value, or with too many
     (["--num-epochs"], "--num-epochs"),
     (["--dataset"], "--dataset"),

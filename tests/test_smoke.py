@@ -16,7 +16,8 @@ def test_the_program_trains_and_writes_its_files(tmp_path):
     assert "--- Training completed! ---" in lines
     epochs = [line for line in lines if line.startswith("Epoch ")]
     assert [line.split(", ")[0] for line in epochs] == ["Epoch 1/2", "Epoch 2/2"]
-    files = ["config.json", "curves.png", "metrics.jsonl", "summary.json"]
+    files = [".lock", "checkpoints", "checkpoints/epoch-1.npz", "checkpoints/epoch-2.npz"]
+    files += ["config.json", "curves.png", "metrics.jsonl", "summary.json"]
     assert tree(tmp_path) == ["run", *(f"run/{name}" for name in files)]
 
     metrics = read_history("run")

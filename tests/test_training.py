@@ -72,9 +72,9 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
     epoch = grpo_mnist.train_epoch
 
     def keep_state(*arguments):
-        state, metrics, seconds = epoch(*arguments)
-        states.append(jax.tree.map(np.array, state.networks.actor))
-        return state, metrics, seconds
+        run = epoch(*arguments)
+        states.append(jax.tree.map(np.array, run.state.networks.actor))
+        return run
 
     monkeypatch.setattr(grpo_mnist, "train_epoch", keep_state)
     config = Config(

@@ -1,0 +1,366 @@
+"""What becomes of a run when it is killed, its disk fails, or its files are damaged.
+
+    python benchmarks/faults.py
+
+Every fault happens to a real process that trains on scikit-learn's digits; then the run is
+continued by another one, and must end as the run that nothing happened to: the same params_sha256,
+the same metrics.jsonl but for the times, the same files. Writes results/faults.json; about 45
+minutes. tests/test_checkpoints.py tries fewer of the same.
+"""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, write_results
+
+PROGRAM = ROOT / "grpo_mnist.py"
+FRAGILE_DISK = ROOT / "benchmarks" / "fragile_disk.py"
+# Short, and with everything in it that a checkpoint can hold.
+FLAGS = (
+    *("--dataset=digits", "--num-epochs=3", "--batch-size=8192", "--num-iterations=2"),
+    *("--baseline=critic", "--beta=0.01", "--ref-sync-epochs=2", "--output-dir=run"),
+)
+NOT_A_NUMBER = {
+    "parameters": """
+epochs = grpo_mnist.stream_batches
+def stream_batches(step, state, *rest):
+    if state.optimizer_state.count.max() > 0:  # from the second epoch on
+        bias = state.networks.actor.output.bias
+        bias[...] = bias[...] * float("nan")
+    return epochs(step, state, *rest)
+grpo_mnist.stream_batches = stream_batches
+""",
+    "gradients": """
+import jax, jax.numpy as jnp, optax
+create = grpo_mnist.create_optimizer
+def create_optimizer(*arguments):
+    adam = create(*arguments)
+    def update(gradients, state):
+        factor = jnp.where(state.count == 11, jnp.nan, 1.0)  # once, in the second epoch
+        return adam.update(jax.tree.map(lambda x: factor * x, gradients), state)
+    return optax.GradientTransformation(adam.init, update)
+grpo_mnist.create_optimizer = create_optimizer
+""",
+    "data": """
+import numpy as np
+batches = grpo_mnist.batches
+def with_a_hole(dataset, config, epoch):
+    for images, labels in batches(dataset, config, epoch):
+        images = images.astype(np.float32)
+        if epoch == 2:
+            images[0, 0, 400] = np.nan
+        yield images, labels
+grpo_mnist.batches = with_a_hole
+""",
+}
+
+
+class Laboratory:
+    """A directory for the runs, and what the undisturbed one among them came to."""
+
+    def __init__(self, directory, flags=FLAGS):
+        self.directory = Path(directory)
+        self.flags = flags
+        self.environment = os.environ | {"TFDS_DATA_DIR": str(self.directory / "no-data")}
+        # Compiled once, and then read from here by all but those that are killed or stopped.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled")}
+        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        self.compiled = self.environment | cache
+        self.by_epoch = []  # copies of the directory, as it was after each epoch
+        here = self.new_place()
+        began = time.perf_counter()
+        process = self.start(here, *flags)
+        for line in process.stdout:
+            if line.startswith("Epoch ") and line[6].isdigit():
+                process.send_signal(signal.SIGSTOP)
+                self.by_epoch.append(self.new_place(here))
+                process.send_signal(signal.SIGCONT)
+        assert process.wait() == 0, process.stderr.read()
+        process.stderr.close()
+        self.seconds = time.perf_counter() - began
+        self.expected = outcome(here)
+
+    def new_place(self, copied_from=None):
+        """A new working directory for a process, empty or a copy."""
+        place = Path(tempfile.mkdtemp(dir=self.directory))
+        if copied_from:
+            shutil.copytree(copied_from, place, dirs_exist_ok=True)
+        return place
+
+    def start(self, place, *flags, program=(PROGRAM,), cold=False, prefix=()):
+        """Starts a program as a user would."""
+        return subprocess.Popen(
+            [*prefix, sys.executable, *map(str, program), *flags],
+            cwd=place,
+            env=self.environment if cold else self.compiled,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, place, *flags, **options):
+        """Runs a program to its end; its status, standard output and standard error."""
+        with self.start(place, *flags, **options) as process:
+            output, errors = process.communicate(timeout=300)
+        return process.returncode, output, errors
+
+    def resumed(self, place, *words, program=PROGRAM, already=0):
+        """Whether the run in a place goes on (or begins, if it had not) and ends as it should.
+
+        Words are what has to be said then; already are the epochs that must not be lost.
+        """
+        flags = ("--resume", "run") if (place / "run" / "config.json").exists() else self.flags
+        status, output, errors = self.run(place, *flags, program=(program,))
+        done = re.search(r"Resumed: (\d+) of|run is (?:finished)", output)
+        kept = 0 if done is None else int(done[1] or len(self.expected["metrics"]))
+        good = (status, errors) == (0, "") and outcome(place) == self.expected
+        good = good and kept >= already and all(word in output for word in words)
+        if good:
+            shutil.rmtree(place)
+        else:
+            print(f"not as it should be: {place}: {status}\n{output}{errors}", flush=True)
+        return good
+
+    def refused(self, place, status, *words, flags=("--resume", "run"), **options):
+        """Whether a program ends with the status and one line on standard error with the words."""
+        found, output, errors = self.run(place, *flags, **options)
+        lines = errors.splitlines()
+        good = found == status and len(lines) == 1 and all(word in lines[0] for word in words)
+        if not good:
+            print(f"not as it should be: {place}: {found}\n{output}{errors}", flush=True)
+        return good
+
+    # --- the faults; each tells whether all was as it should be ---
+
+    def killed(self, seconds):
+        place = self.new_place()
+        with self.start(place, *self.flags, cold=True) as process:
+            time.sleep(seconds)
+            process.kill()
+            process.communicate()
+        return self.resumed(place)
+
+    def crashed(self, operation, loss, program=PROGRAM):
+        """None if the run has no such operation; an epoch that was reported must not be lost."""
+        place = self.new_place()
+        script = (FRAGILE_DISK, program, str(operation), loss)
+        status, output, errors = self.run(place, *self.flags, program=script)
+        if status == 0:
+            return None
+        assert status == -signal.SIGKILL, errors
+        shutil.rmtree(f"{place}.lost", ignore_errors=True)
+        already = len(re.findall(r"^Epoch \d+/", output, re.MULTILINE))
+        return self.resumed(place, program=program, already=already)
+
+    def resumed_from(self, epoch, program=PROGRAM):
+        return self.resumed(
+            self.new_place(self.by_epoch[epoch - 1]), program=program, already=epoch
+        )
+
+    def damaged(self, damage, *words):
+        """After two epochs the newest checkpoint is damaged: the one before is used, and said."""
+        place = self.new_place(self.by_epoch[1])
+        damage(place / "run" / "checkpoints" / "epoch-2.npz")
+        return self.resumed(place, *words, already=1)
+
+    def all_damaged(self, damage):
+        place = self.new_place(self.by_epoch[1])
+        for path in (place / "run" / "checkpoints").glob("*.npz"):
+            damage(path)
+        return self.refused(place, 1, "run/checkpoints holds no whole checkpoint")
+
+    def full_disk(self):
+        """No file may be as large as the second checkpoint."""
+        place = self.new_place()
+        path = self.by_epoch[1] / "run" / "checkpoints" / "epoch-1.npz"
+        limit = ("sh", "-c", f'ulimit -f {path.stat().st_size // 512 + 2} && exec "$@"', "sh")
+        words = ("run/checkpoints/epoch-2.npz cannot be written: File too large", "--resume")
+        good = self.refused(place, 1, *words, flags=self.flags, prefix=limit)
+        return good and self.resumed(place, already=1)
+
+    def moved_away(self, leave_a_file):
+        """During the second epoch the output directory goes, or a file takes its place."""
+        place = self.new_place()
+        with self.start(place, *self.flags) as process:
+            while not process.stdout.readline().startswith("Epoch 1/"):
+                pass
+            (place / "run").rename(place / "elsewhere")
+            if leave_a_file:
+                (place / "run").write_text("mine")
+            _, errors = process.communicate()
+        reason = "Not a directory" if leave_a_file else "No such file or directory"
+        good = process.returncode == 1 and len(errors.splitlines()) == 1
+        good = good and f"cannot be written: {reason}" in errors
+        if leave_a_file:
+            good = good and (place / "run").read_text() == "mine"
+            (place / "run").unlink()
+        (place / "elsewhere").rename(place / "run")
+        return good and self.resumed(place, already=1)
+
+    def signalled(self, number, seconds):
+        place = self.new_place()
+        with self.start(place, *self.flags, cold=True) as process:
+            time.sleep(seconds)
+            process.send_signal(number)
+            output, errors = process.communicate()
+        resumable = "--resume run" in errors or not (place / "run").exists()
+        stopped = process.returncode == 128 + number and len(errors.splitlines()) == 1
+        finished = process.returncode == 0 and "--- Training completed! ---" in output
+        if not (finished or (stopped and resumable)):
+            print(f"not as it should be: {place}: {process.returncode}\n{output}{errors}")
+            return False
+        return self.resumed(place)
+
+    def forged(self, change, status, *words):
+        """A whole checkpoint that another program could have written."""
+        place = self.new_place(self.by_epoch[1])
+        forge(place / "run" / "checkpoints" / "epoch-2.npz", change)
+        if status == 0:
+            return self.resumed(place, *words, already=2)
+        return self.refused(place, status, *words)
+
+    def not_a_number(self, where):
+        """In the second epoch; the first one's checkpoint stays, and is gone on from."""
+        place = self.new_place(self.by_epoch[0])
+        script = self.directory / f"nan_in_the_{where}.py"
+        begin = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo_mnist\n"
+        script.write_text(begin + NOT_A_NUMBER[where] + "sys.exit(grpo_mnist.main())\n")
+        words = ("epoch 2, seed 0: not finite: ", "the parameters", "loss")
+        good = self.refused(place, 1, *words, program=(script,))
+        return good and self.resumed(place, already=1)
+
+    def second_run(self):
+        """While one runs, another one in its directory is refused, and does not harm it."""
+        place = self.new_place()
+        with self.start(place, *self.flags) as process:
+            while not process.stdout.readline().startswith("Epoch 1/"):
+                pass
+            process.send_signal(signal.SIGSTOP)
+            good = all(
+                self.refused(place, 2, "run ", flags=flags)
+                for flags in (self.flags, ("--resume", "run"))
+            )
+            process.send_signal(signal.SIGCONT)
+            process.communicate()
+        return good and process.returncode == 0 and outcome(place) == self.expected
+
+
+def outcome(place):
+    """What two runs that are the same must agree in."""
+    run = place / "run"
+    if not (run / "summary.json").exists():
+        return None
+    times = {"seconds": None, "images_per_second": None}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return {
+        "params_sha256": json.loads((run / "summary.json").read_text())["params_sha256"],
+        "metrics": [json.loads(line) | times for line in lines],
+        "config": json.loads((run / "config.json").read_text()),
+        "files": sorted(str(path.relative_to(place)) for path in place.rglob("*")),
+    }
+
+
+def forge(path, change):
+    """Writes a checkpoint anew with another header, digest included."""
+    arrays = dict(np.load(path))
+    header = json.loads(str(arrays.pop("header")))
+    change(header)
+    content = io.BytesIO()
+    np.savez(content, header=json.dumps(header), **arrays)
+    path.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+
+def truncate(length):
+    return lambda path: os.truncate(path, length)
+
+
+def flip(bit):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+
+    return damage
+
+
+def newer_format(header):
+    header["format"] += 1
+
+
+def other_library(header):
+    header["facts"]["versions"]["jax"] = "0.4.1"
+
+
+def damages(size, truncations, flips):
+    """(damage, what has to be said) for a file of that size."""
+    said = "epoch-2.npz is damaged"
+    lengths = [size * i // truncations for i in range(truncations)]
+    bits = random.Random(0).sample(range(8 * size), flips)
+    return [
+        *((f"cut to {length} bytes", truncate(length), said) for length in lengths[1:]),
+        (f"cut to {size - 1} bytes", truncate(size - 1), said),
+        ("emptied", truncate(0), said),
+        ("deleted", os.unlink, "metrics.jsonl knows of later epochs"),
+        *((f"bit {bit} flipped", flip(bit), said) for bit in bits),
+    ]
+
+
+def main():
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
+        laboratory = Laboratory(directory)
+        rows = []
+
+        def tell(fault, outcomes):
+            outcomes = list(outcomes)
+            rows.append({"fault": fault, "tried": len(outcomes), "as_promised": sum(outcomes)})
+            print(f"{fault}: {sum(outcomes)} of {len(outcomes)}", flush=True)
+
+        moments = random.Random(1)
+        kills = [moments.uniform(0, laboratory.seconds) for _ in range(50)]
+        tell("SIGKILL at a random moment", pool.map(laboratory.killed, kills))
+        for loss in ("nothing", "contents", "all"):
+            outcomes = []
+            while None not in outcomes:
+                operations = range(len(outcomes) + 1, len(outcomes) + 9)
+                outcomes += pool.map(laboratory.crashed, operations, [loss] * 8)
+            tell(f"crash at the n-th operation, lost: {loss}", outcomes[: outcomes.index(None)])
+        tell("resumed after an epoch", pool.map(laboratory.resumed_from, (1, 2, 3)))
+        size = (laboratory.by_epoch[1] / "run" / "checkpoints" / "epoch-2.npz").stat().st_size
+        kinds = damages(size, truncations=16, flips=200)
+        _, breaks, words = zip(*kinds, strict=True)
+        good = list(pool.map(laboratory.damaged, breaks, words))
+        tell("newest checkpoint cut short", good[:16])
+        tell("newest checkpoint emptied", good[16:17])
+        tell("newest checkpoint deleted", good[17:18])
+        tell("one bit of the newest checkpoint flipped", good[18:])
+        tell("both checkpoints damaged", pool.map(laboratory.all_damaged, (truncate(99), flip(9))))
+        tell("disk full", [laboratory.full_disk()])
+        tell("output directory gone", [laboratory.moved_away(leave_a_file=False)])
+        tell("output directory turned into a file", [laboratory.moved_away(leave_a_file=True)])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stops = [moments.uniform(0, laboratory.seconds) for _ in range(10)]
+            tell(number.name, pool.map(laboratory.signalled, [number] * 10, stops))
+        tell("checkpoint of a newer format", [laboratory.forged(newer_format, 2, "format 2")])
+        words = ("jax was 0.4.1", "is ")
+        tell("checkpoint of another library", [laboratory.forged(other_library, 0, *words)])
+        for where in NOT_A_NUMBER:
+            tell(f"NaN in the {where}", [laboratory.not_a_number(where)])
+        tell("second run in the directory", [laboratory.second_run()])
+    write_results("faults", {"flags": " ".join(FLAGS), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
