@@ -691,7 +691,9 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
     began = time.perf_counter()
     dataset_name = config.dataset
     if config.resume:
-        config, dataset_name = config_to_resume(config)
+        stored, dataset_name = stored_config(config.resume)
+        refuse_contradictions(config, stored, unsaid=Config(resume=config.resume))
+        config = stored
         if (config.resume / "summary.json").exists():
             say(f"{config.resume}: this run is finished; nothing is left to do.")
             return read_history(config.resume)
@@ -848,14 +850,14 @@ CHECKPOINT_FORMAT = 1  # a change that this program could not read takes the nex
 def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | None) -> Path:
     """Writes the run into checkpoints/, keeps the previous one beside it; returns its path.
 
-    An .npz file, with its SHA-256 appended: an array for each of the state, and the rest as JSON.
-    (Orbax would need this digest as well, since it restores flipped bits without a word, and a
-    search for the newest whole step; without it both are these few lines.)
+    An .npz file with its SHA-256 at the end: the arrays of the state, and the rest as JSON. Not
+    Orbax, which restores flipped bits without a word and does not fall back from a damaged step:
+    the digest and the search would be needed all the same.
     """
-    header = {"format": CHECKPOINT_FORMAT, "facts": facts}
-    header |= {name: value for name, value in run._asdict().items() if name != "state"}
+    rest = {name: value for name, value in run._asdict().items() if name != "state"}
+    header = {"format": CHECKPOINT_FORMAT, "facts": facts, "run": rest}
     content = io.BytesIO()
-    text = json.dumps(header, default=lambda value: np.asarray(value).tolist())
+    text = json.dumps(header, default=np.ndarray.tolist)
     np.savez(content, header=text, **named_arrays(run.state))
     step = f"-step-{len(run.step_metrics)}" if run.step_metrics else ""
     path = output_dir / "checkpoints" / f"epoch-{len(run.history)}{step}.npz"
@@ -873,7 +875,9 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
     """
     paths = checkpoint_paths(run_dir)
     for path in paths:
-        content = path.read_bytes()
+        content = b""
+        with contextlib.suppress(OSError):  # what cannot be read is damaged, too
+            content = path.read_bytes()
         packed, digest = content[:-32], content[-32:]
         if hashlib.sha256(packed).digest() == digest:
             arrays = dict(np.load(io.BytesIO(packed)))
@@ -919,11 +923,12 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     leaves = [jnp.array(arrays[name]) for name in expected]
     state = jax.tree.unflatten(jax.tree.structure(key_data), leaves)
     state = state._replace(key=jax.random.wrap_key_data(state.key))
+    run = Run(state, **header["run"])
     step_metrics = [
         {name: np.array(values, np.float32) for name, values in metrics.items()}
-        for metrics in header["step_metrics"]
+        for metrics in run.step_metrics
     ]
-    run = Run(state, header["history"], step_metrics, header["epoch_seconds"], header["seconds"])
+    run = run._replace(step_metrics=step_metrics)
     announce_restored(run, path, header["facts"], facts)
     write_history(run.history, output_dir)
     return run, path
@@ -937,7 +942,10 @@ def announce_restored(run: Run, path: Path, then: dict[str, Any], now: dict[str,
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists() and metrics.read_bytes().count(b"\n") > last:
         say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
-    before, after = ({"device": each["device"]} | each["versions"] for each in (then, now))
+    before, after = (
+        each["versions"] | {name: each[name] for name in ("device", "program_sha256")}
+        for each in (then, now)
+    )
     for name in after:
         if after[name] != before[name]:
             say(f"NOTICE: {name} was {before[name]}, is {after[name]}: results may differ by it.")
@@ -952,24 +960,6 @@ def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree.leaves_with_path(state)
     }
-
-
-def config_to_resume(given: Config, unsaid: Config | None = None) -> tuple[Config, str]:
-    """The config of the run in given.resume, and the name of its data set.
-
-    UsageError if there is none, or if a field of given is neither as it is there nor as it is
-    unsaid (the default).
-    """
-    stored, dataset_name = stored_config(given.resume)
-    unsaid = unsaid or Config()
-    for name, value in vars(stored).items():
-        said = getattr(given, name)
-        if name != "resume" and said not in (value, getattr(unsaid, name)):
-            raise UsageError(
-                f"{flag(name)} {said} contradicts {value}, which the run in {given.resume} has;"
-                " leave the flag out, or start another run"
-            )
-    return stored, dataset_name
 
 
 def stored_config(run_dir: Path) -> tuple[Config, str]:
@@ -991,6 +981,17 @@ def stored_config(run_dir: Path) -> tuple[Config, str]:
         raise UsageError(
             f"--resume {run_dir} is not the directory of a run ({first_line(error)}); name another"
         ) from error
+
+
+def refuse_contradictions(given: Config, stored: Config, unsaid: Config) -> None:
+    """UsageError if a field of given is neither as stored nor as it is if nothing is said."""
+    for name, value in vars(stored).items():
+        said = getattr(given, name)
+        if said not in (value, getattr(unsaid, name)):
+            raise UsageError(
+                f"{flag(name)} {said} contradicts {value}, which the run in {given.resume} has;"
+                " leave the flag out, or start another run"
+            )
 
 
 # --- Reporting ------------------------------------------------------------------------------
@@ -1026,19 +1027,18 @@ def open_output_dir(config: Config, facts: dict[str, Any]) -> Iterator[Path]:
     """
     default_name = f"{facts['trained_on']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     output_dir = config.resume or config.output_dir or Path("runs", default_name)
+    said = f"{'--resume' if config.resume else '--output-dir'} {output_dir}"
     refuse_another_run(config, output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = (output_dir / ".lock").open("w")
     except OSError as error:
-        raise UsageError(
-            f"--output-dir {output_dir} cannot be written ({error.strerror}); name another"
-        ) from error
+        raise UsageError(f"{said} cannot be written ({error.strerror}); name another") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"--output-dir {output_dir} is in use by another run") from error
+            raise UsageError(f"{said} is in use by another run; wait for its end") from error
         refuse_another_run(config, output_dir)
         (output_dir / "checkpoints").mkdir(exist_ok=True)
         write_json(output_dir / "config.json", facts)
@@ -1058,8 +1058,9 @@ def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What config.json holds: the fields of Config, and where and on what they were used."""
     fields = vars(config) | {"resume": None}
     facts = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
+    program_sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     facts |= {"versions": library_versions(), "device": describe_devices()}
-    return facts | {"trained_on": dataset.name}
+    return facts | {"program_sha256": program_sha256, "trained_on": dataset.name}
 
 
 def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Path) -> None:
@@ -1279,7 +1280,7 @@ def write_file(path: Path, *chunks: Any) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunError(
-            f"{path} cannot be written: {error.strerror}; mend that, then continue with --resume"
+            f"{path} cannot be written: {error.strerror}; once it can, --resume continues the run"
         ) from error
 
 
@@ -1330,12 +1331,16 @@ def parse_flags(argv: list[str] | None) -> Config:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
     run_dir = finder.parse_known_args(argv)[0].resume
-    unsaid = stored_config(Path(run_dir))[0] if run_dir else Config()
+    stored = stored_config(Path(run_dir))[0] if run_dir else None
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            given = tyro.cli(Config, args=argv, default=unsaid, description=first_line(__doc__))
-        return config_to_resume(given, unsaid)[0] if run_dir else given
+            config = tyro.cli(
+                Config, args=argv, default=stored or Config(), description=first_line(__doc__)
+            )
+        if stored:
+            refuse_contradictions(config, stored, unsaid=stored)
+        return config
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
