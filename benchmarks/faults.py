@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from common import ROOT, write_results
 
+from grpo_mnist import library_versions
+
 PROGRAM = ROOT / "grpo_mnist.py"
 FRAGILE_DISK = ROOT / "benchmarks" / "fragile_disk.py"
 # Short, and with everything in it that a checkpoint can hold.
@@ -80,18 +82,18 @@ class Laboratory:
         cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self.compiled = self.environment | cache
         self.by_epoch = []  # copies of the directory, as it was after each epoch
-        here = self.new_place()
+        self.finished = self.new_place()
         began = time.perf_counter()
-        process = self.start(here, *flags)
+        process = self.start(self.finished, *flags)
         for line in process.stdout:
             if line.startswith("Epoch ") and line[6].isdigit():
                 process.send_signal(signal.SIGSTOP)
-                self.by_epoch.append(self.new_place(here))
+                self.by_epoch.append(self.new_place(self.finished))
                 process.send_signal(signal.SIGCONT)
         assert process.wait() == 0, process.stderr.read()
         process.stderr.close()
         self.seconds = time.perf_counter() - began
-        self.expected = outcome(here)
+        self.expected = outcome(self.finished)
 
     def new_place(self, copied_from=None):
         """A new working directory for a process, empty or a copy."""
@@ -323,42 +325,55 @@ def main():
         laboratory = Laboratory(directory)
         rows = []
 
-        def tell(fault, outcomes):
+        def tell(fault, promise, outcomes):
             outcomes = list(outcomes)
-            rows.append({"fault": fault, "tried": len(outcomes), "as_promised": sum(outcomes)})
-            print(f"{fault}: {sum(outcomes)} of {len(outcomes)}", flush=True)
+            kept = sum(outcomes)
+            rows.append({"fault": fault, "promise": promise, "tried": len(outcomes), "kept": kept})
+            print(f"{fault}: {kept} of {len(outcomes)}", flush=True)
 
+        same = "--resume: the same result"
         moments = random.Random(1)
         kills = [moments.uniform(0, laboratory.seconds) for _ in range(50)]
-        tell("SIGKILL at a random moment", pool.map(laboratory.killed, kills))
-        for loss in ("nothing", "contents", "all"):
+        tell("SIGKILL at a random moment", same, pool.map(laboratory.killed, kills))
+        for loss, fault in (
+            ("nothing", "SIGKILL at the n-th write, fsync, rename or unlink, every n"),
+            ("contents", "power cut there: contents not synced are lost"),
+            ("all", "power cut there: names not synced are lost too"),
+        ):
             outcomes = []
             while None not in outcomes:
                 operations = range(len(outcomes) + 1, len(outcomes) + 9)
                 outcomes += pool.map(laboratory.crashed, operations, [loss] * 8)
-            tell(f"crash at the n-th operation, lost: {loss}", outcomes[: outcomes.index(None)])
-        tell("resumed after an epoch", pool.map(laboratory.resumed_from, (1, 2, 3)))
+            tell(fault, same, outcomes[: outcomes.index(None)])
+        tell("resumed after each epoch", same, pool.map(laboratory.resumed_from, (1, 2, 3)))
         size = (laboratory.by_epoch[1] / "run" / "checkpoints" / "epoch-2.npz").stat().st_size
         kinds = damages(size, truncations=16, flips=200)
         _, breaks, words = zip(*kinds, strict=True)
         good = list(pool.map(laboratory.damaged, breaks, words))
-        tell("newest checkpoint cut short", good[:16])
-        tell("newest checkpoint emptied", good[16:17])
-        tell("newest checkpoint deleted", good[17:18])
-        tell("one bit of the newest checkpoint flipped", good[18:])
-        tell("both checkpoints damaged", pool.map(laboratory.all_damaged, (truncate(99), flip(9))))
-        tell("disk full", [laboratory.full_disk()])
-        tell("output directory gone", [laboratory.moved_away(leave_a_file=False)])
-        tell("output directory turned into a file", [laboratory.moved_away(leave_a_file=True)])
+        before = "a notice; from the one before, the same result"
+        tell("newest checkpoint cut short", before, good[:16])
+        tell("newest checkpoint emptied", before, good[16:17])
+        tell("newest checkpoint deleted", before, good[17:18])
+        tell("one bit of the newest checkpoint flipped", before, good[18:])
+        both = pool.map(laboratory.all_damaged, (truncate(99), flip(9)))
+        tell("both checkpoints damaged", "one line, status 1", both)
+        stops = f"one line, status 1; {same}"
+        tell("disk full", stops, [laboratory.full_disk()])
+        tell("output directory moved away", stops, [laboratory.moved_away(leave_a_file=False)])
+        tell("a file in its place", stops, [laboratory.moved_away(leave_a_file=True)])
         for number in (signal.SIGINT, signal.SIGTERM):
-            stops = [moments.uniform(0, laboratory.seconds) for _ in range(10)]
-            tell(number.name, pool.map(laboratory.signalled, [number] * 10, stops))
-        tell("checkpoint of a newer format", [laboratory.forged(newer_format, 2, "format 2")])
-        words = ("jax was 0.4.1", "is ")
-        tell("checkpoint of another library", [laboratory.forged(other_library, 0, *words)])
+            seconds = [moments.uniform(0, laboratory.seconds) for _ in range(10)]
+            signalled = pool.map(laboratory.signalled, [number] * 10, seconds)
+            tell(f"{number.name} at a random moment", f"status {128 + number}; {same}", signalled)
+        newer = laboratory.forged(newer_format, 2, "has format 2", "reads format 1")
+        tell("checkpoint of a newer format", "one line with both, status 2", [newer])
+        now = f"jax was 0.4.1, is {library_versions()['jax']}"
+        other = laboratory.forged(other_library, 0, now)
+        tell("checkpoint of another library version", "a notice with both", [other])
         for where in NOT_A_NUMBER:
-            tell(f"NaN in the {where}", [laboratory.not_a_number(where)])
-        tell("second run in the directory", [laboratory.second_run()])
+            tell(f"NaN in the {where}", stops, [laboratory.not_a_number(where)])
+        second = "status 2; the first is not disturbed"
+        tell("a second run in the directory", second, [laboratory.second_run()])
     write_results("faults", {"flags": " ".join(FLAGS), "rows": rows})
 
 

@@ -1,0 +1,276 @@
+"""A run that is killed, stopped or damaged, and goes on: it ends as the one that nothing befell.
+
+benchmarks/faults.py has what befalls real processes here, and tries it more often.
+"""
+
+import dataclasses
+import importlib.util
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import faults
+import jax
+import numpy as np
+import pytest
+from conftest import assert_one_line_error, read_history, read_json, tree
+
+import grpo_mnist
+from grpo_mnist import Config, Interrupted, UsageError, main
+
+FAULTS = {  # an epoch has been reported after 13 operations on the disk
+    "killed early": lambda lab: lab.killed(0.3 * lab.seconds),
+    "killed late": lambda lab: lab.killed(0.8 * lab.seconds),
+    "crash in the second checkpoint": lambda lab: lab.crashed(15, "nothing"),
+    "power cut, contents lost": lambda lab: lab.crashed(14, "contents"),
+    "power cut, all lost": lambda lab: lab.crashed(14, "all"),
+    "resumed after an epoch": lambda lab: lab.resumed_from(1),
+    "resumed for the picture alone": lambda lab: lab.resumed_from(3),
+    "a bit flipped": lambda lab: lab.damaged(faults.flip(9_999_999), "epoch-2.npz is damaged"),
+    "full disk": lambda lab: lab.full_disk(),
+    "directory gone": lambda lab: lab.moved_away(leave_a_file=False),
+    "directory turned into a file": lambda lab: lab.moved_away(leave_a_file=True),
+    "SIGINT": lambda lab: lab.signalled(signal.SIGINT, 0.75 * lab.seconds),
+    "SIGTERM": lambda lab: lab.signalled(signal.SIGTERM, 0.85 * lab.seconds),
+    "NaN": lambda lab: lab.not_a_number("gradients"),
+    "a second run": lambda lab: lab.second_run(),
+}
+SAFEGUARDS = {  # old: new, which takes a safeguard out of the program
+    "digest": ("if hashlib.sha256(packed).digest() == digest:", "if packed:"),
+    "sync of contents": ("            os.fsync(file.fileno())\n", ""),
+    "sync of names": ("        os.fsync(directory)\n", ""),
+    "random numbers": ("key=jax.random.wrap_key_data(state.key)", "key=fresh.key"),
+}
+MISSED_BY = {  # the fault above that must not be survived without it
+    "sync of contents": lambda lab, program: lab.crashed(14, "contents", program),
+    "sync of names": lambda lab, program: lab.crashed(14, "all", program),
+    "random numbers": lambda lab, program: lab.resumed_from(1, program),
+}
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory):
+    return faults.Laboratory(tmp_path_factory.mktemp("laboratory"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(laboratory, tmp_path_factory, request):
+    """Whether all went well, for the faults of the selected tests, two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = {}
+        for test in request.session.items:
+            selected = test.callspec.params if hasattr(test, "callspec") else {}
+            if name := selected.get("fault"):
+                futures[name] = pool.submit(FAULTS[name], laboratory)
+            if name := selected.get("missing"):
+                program = without(name, tmp_path_factory.mktemp("program"))
+                futures[name] = pool.submit(MISSED_BY[name], laboratory, program)
+        yield futures
+
+
+def without(safeguard, directory):
+    """The program with one of its safeguards taken out."""
+    old, new = SAFEGUARDS[safeguard]
+    program = faults.PROGRAM.read_text()
+    assert program.count(old) == 1
+    path = directory / "grpo_mnist.py"
+    path.write_text(program.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_survives(fault, outcomes):
+    assert outcomes[fault].result()
+
+
+@pytest.mark.parametrize("missing", MISSED_BY)
+def test_a_run_does_not_survive_without_its_safeguards(missing, outcomes):
+    """Each is in the program for one of the faults above, and that test is red without it."""
+    assert not outcomes[missing].result()
+
+
+# --- damaged checkpoints, one by one ---
+
+
+def count_rejected(program, laboratory, tmp_path):
+    """How many of many kinds of damage to the newest checkpoint lead to the one before."""
+    place = tmp_path / "place"
+    rejected = 0
+    faults.shutil.copytree(laboratory.by_epoch[1], place)
+    path = place / "run" / "checkpoints" / "epoch-2.npz"
+    whole = path.read_bytes()
+    kinds = faults.damages(len(whole), truncations=16, flips=200)
+    for _, damage, _ in kinds:
+        path.write_bytes(whole)
+        damage(path)
+        try:
+            used = program.newest_checkpoint(place / "run")[0].name
+        except Exception as error:
+            used = type(error).__name__
+        rejected += used == "epoch-1.npz"
+    return rejected, len(kinds)
+
+
+def test_a_damaged_checkpoint_is_never_used(laboratory, tmp_path):
+    rejected, tried = count_rejected(grpo_mnist, laboratory, tmp_path)
+    assert rejected == tried == 218
+
+
+def test_damaged_checkpoints_are_used_without_the_digest(laboratory, tmp_path):
+    """The test above is red without the digest."""
+    path = without("digest", tmp_path)
+    specification = importlib.util.spec_from_file_location("without_digest", path)
+    program = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(program)
+    rejected, tried = count_rejected(program, laboratory, tmp_path)
+    assert rejected < tried
+
+
+@pytest.fixture
+def after_two_epochs(laboratory, tmp_path):
+    """The directory run, as it was after two epochs of three."""
+    faults.shutil.copytree(laboratory.by_epoch[1] / "run", tmp_path / "run")
+    return tmp_path / "run" / "checkpoints"
+
+
+def test_without_a_whole_checkpoint_the_run_does_not_go_on(after_two_epochs, capfd):
+    for path in after_two_epochs.iterdir():
+        faults.flip(1000)(path)
+    assert main(["--resume", "run"]) == 1
+    words = "run/checkpoints holds no whole checkpoint (epoch-2.npz, epoch-1.npz)"
+    assert_one_line_error(capfd.readouterr().err, words)
+    for path in after_two_epochs.iterdir():
+        path.unlink()
+    assert main(["--resume", "run"]) == 1
+    assert_one_line_error(capfd.readouterr().err, "no whole checkpoint (none is left)")
+
+
+def test_a_newer_format_is_refused(after_two_epochs, capfd):
+    faults.forge(after_two_epochs / "epoch-2.npz", faults.newer_format)
+    assert main(["--resume", "run"]) == 2
+    assert_one_line_error(capfd.readouterr().err, "epoch-2.npz has format 2", "reads format 1")
+
+
+def test_what_has_changed_since_is_said(after_two_epochs, capfd):
+    faults.forge(after_two_epochs / "epoch-2.npz", faults.other_library)
+    assert main(["--resume", "run"]) == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert f"NOTICE: jax was 0.4.1, is {jax.__version__}: results may differ" in output
+    assert "program_sha256" not in output
+
+
+def test_a_checkpoint_of_a_changed_network_is_refused(after_two_epochs, capfd):
+    """As after an edit of the file: the arrays do not fit, and are not made to."""
+    path = after_two_epochs / "epoch-2.npz"
+    arrays = dict(np.load(path))
+    kernel = "networks.actor.hidden_2.kernel.value"
+    arrays[kernel] = arrays[kernel].astype(np.float16)
+    content = faults.io.BytesIO()
+    np.savez(content, **arrays)
+    digest = faults.hashlib.sha256(content.getvalue()).digest()
+    path.write_bytes(content.getvalue() + digest)
+    assert main(["--resume", "run"]) == 1
+    assert_one_line_error(
+        capfd.readouterr().err, "epoch-2.npz holds other arrays than this program"
+    )
+
+
+def test_a_damaged_config_is_replaced_by_the_checkpoints_copy(after_two_epochs, laboratory, capfd):
+    (after_two_epochs.parent / "config.json").write_text("{")
+    assert main(["--resume", "run"]) == 0
+    assert "Resumed: 2 of 3 epochs are done" in capfd.readouterr().out
+    assert read_json("run/config.json") == laboratory.expected["config"]
+
+
+# --- --resume ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resume", "nowhere"], "--resume nowhere is not the directory of a run"),
+        (["--resume", "."], "--resume . is not the directory of a run"),
+        (["--resume"], "--resume"),
+        (["--resume", "run", "--seed", "3"], "--seed 3 contradicts 0, which the run in run has"),
+        (["--resume=run", "--batch-size=1024"], "--batch-size 1024 contradicts 8192"),
+        (["--resume=run", "--baseline=batch"], "--baseline batch contradicts critic"),
+        (["--resume=run", "--num-epochs=-1"], "--num-epochs -1 contradicts 3"),
+        (["--resume=run", "--ref-sync-epochs=0"], "--ref-sync-epochs 0 contradicts 2"),
+        (["--resume=run", "--output-dir=other"], "--output-dir other contradicts run"),
+        (["--resume=run", "--num-epochs=ten"], "--num-epochs"),
+    ],
+)
+def test_a_flag_that_contradicts_the_run_is_refused(flags, words, after_two_epochs, capfd):
+    before = tree(after_two_epochs.parent.parent)
+    assert main(flags) == 2
+    assert_one_line_error(capfd.readouterr().err, words)
+    assert tree(after_two_epochs.parent.parent) == before
+
+
+def test_a_field_that_contradicts_the_run_is_refused(after_two_epochs):
+    with pytest.raises(UsageError, match="--num-epochs 7 contradicts 3"):
+        grpo_mnist.train(Config(resume="run", num_epochs=7))
+
+
+def test_a_finished_run_says_so_and_is_left_alone(laboratory, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(laboratory.finished)
+    files = [path for path in (laboratory.finished / "run").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    assert main(["--resume", "run", "--num-epochs=3", "--seed=0"]) == 0
+    output, errors = capfd.readouterr()
+    assert (output, errors) == ("run: this run is finished; nothing is left to do.\n", "")
+    assert {path: path.read_bytes() for path in files} == before
+    metrics = grpo_mnist.train(Config(resume="run"))
+    assert metrics == read_history("run")
+
+
+class StopAfter(list):
+    """What the signal handler notes, as if a signal came during the n-th step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __len__(self):
+        self.step -= 1
+        if self.step == 0:
+            self.append(signal.SIGTERM)
+        return super().__len__()
+
+
+def test_a_run_that_is_stopped_after_any_step_goes_on_bit_for_bit(tmp_path, capsys):
+    """Two seeds and a moving average; stopped twice within an epoch, and at the ends of two."""
+    config = Config(
+        dataset="digits",
+        batch_size=8192,
+        num_epochs=3,
+        num_iterations=1,
+        num_seeds=2,
+        baseline="ema",
+        scale_rewards="none",
+        output_dir=tmp_path / "undisturbed",
+    )
+    grpo_mnist.train(config)
+    stopped = dataclasses.replace(config, output_dir=tmp_path / "stopped")
+    resumed = Config(resume=tmp_path / "stopped")
+    kept = []
+    for signals in (StopAfter(1), StopAfter(2), StopAfter(1), StopAfter(5)):
+        with pytest.raises(Interrupted):
+            grpo_mnist.train(resumed if kept else stopped, signals)
+        kept.append(tree(tmp_path / "stopped" / "checkpoints"))
+    first, second = "epoch-0-step-1.npz", "epoch-0-step-3.npz"
+    by_epoch = ["epoch-1.npz", "epoch-2.npz"]
+    assert kept == [[first], [first, second], [second, by_epoch[0]], by_epoch]
+    capsys.readouterr()
+    returned = grpo_mnist.train(resumed)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("Resumed: 2 of 3 epochs are done, from ") for line in lines)
+    assert [line[:9] for line in lines if line.startswith("Epoch ")][-1] == "Epoch 3/3"
+    runs = [tmp_path / "undisturbed", tmp_path / "stopped"]
+    assert returned == read_history(runs[1])
+    summaries = [read_json(run / "summary.json") | {"seconds": None} for run in runs]
+    assert summaries[0] == summaries[1]
+    times = {"seconds": None, "images_per_second": None}
+    histories = [[epoch | times for epoch in read_history(run)] for run in runs]
+    assert histories[0] == histories[1]
+    assert tree(runs[0]) == tree(runs[1])
+    assert (runs[0] / "curves.png").read_bytes() == (runs[1] / "curves.png").read_bytes()
