@@ -913,6 +913,11 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     if found is None:
         return Run(fresh, [], [], epoch_seconds=0.0, seconds=0.0), None
     path, header, arrays = found
+    paths = checkpoint_paths(output_dir)
+    for damaged in paths[: paths.index(path)]:
+        say(f"NOTICE: {damaged} is damaged (its SHA-256 is another) and is not used.")
+    for old in paths[paths.index(path) + 2 :]:  # the run was stopped before it removed this one
+        old.unlink()
     expected = named_arrays(fresh)
     shapes, expected_shapes = (
         {name: (x.shape, x.dtype) for name, x in each.items()} for each in (arrays, expected)
@@ -936,10 +941,7 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
 
 def announce_restored(run: Run, path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Says from where the run goes on, and what is not as it was when it stopped."""
-    run_dir, last = path.parent.parent, len(run.history)
-    for newer in itertools.takewhile(path.__ne__, checkpoint_paths(run_dir)):
-        say(f"NOTICE: {newer} is damaged (its SHA-256 is another) and is not used.")
-    metrics = run_dir / "metrics.jsonl"
+    last, metrics = len(run.history), path.parent.parent / "metrics.jsonl"
     if metrics.exists() and metrics.read_bytes().count(b"\n") > last:
         say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
     before, after = (

@@ -331,7 +331,7 @@ def main():
             rows.append({"fault": fault, "promise": promise, "tried": len(outcomes), "kept": kept})
             print(f"{fault}: {kept} of {len(outcomes)}", flush=True)
 
-        same = "--resume: the same result"
+        same = "resumed, the same result"
         moments = random.Random(1)
         kills = [moments.uniform(0, laboratory.seconds) for _ in range(50)]
         tell("SIGKILL at a random moment", same, pool.map(laboratory.killed, kills))
@@ -350,7 +350,7 @@ def main():
         kinds = damages(size, truncations=16, flips=200)
         _, breaks, words = zip(*kinds, strict=True)
         good = list(pool.map(laboratory.damaged, breaks, words))
-        before = "a notice; from the one before, the same result"
+        before = f"a notice; from the one before, {same}"
         tell("newest checkpoint cut short", before, good[:16])
         tell("newest checkpoint emptied", before, good[16:17])
         tell("newest checkpoint deleted", before, good[17:18])
@@ -364,7 +364,11 @@ def main():
         for number in (signal.SIGINT, signal.SIGTERM):
             seconds = [moments.uniform(0, laboratory.seconds) for _ in range(10)]
             signalled = pool.map(laboratory.signalled, [number] * 10, seconds)
-            tell(f"{number.name} at a random moment", f"status {128 + number}; {same}", signalled)
+            tell(
+                f"{number.name} at a random moment",
+                f"one line, status {128 + number}; {same}",
+                signalled,
+            )
         newer = laboratory.forged(newer_format, 2, "has format 2", "reads format 1")
         tell("checkpoint of a newer format", "one line with both, status 2", [newer])
         now = f"jax was 0.4.1, is {library_versions()['jax']}"
@@ -372,7 +376,7 @@ def main():
         tell("checkpoint of another library version", "a notice with both", [other])
         for where in NOT_A_NUMBER:
             tell(f"NaN in the {where}", stops, [laboratory.not_a_number(where)])
-        second = "status 2; the first is not disturbed"
+        second = "one line, status 2; the first is not disturbed"
         tell("a second run in the directory", second, [laboratory.second_run()])
     write_results("faults", {"flags": " ".join(FLAGS), "rows": rows})
 

@@ -72,6 +72,12 @@ def strong_rows():
         yield "| " + " | ".join(cells) + " |"
 
 
+def fault_rows():
+    """A table row for each fault that benchmarks/faults.py tried."""
+    for row in read_json(RESULTS / "faults.json")["rows"]:
+        yield f"| {row['fault']} | {row['promise']} | {row['tried']} | {row['kept']} |"
+
+
 CHINESE = {  # the names of rows that README_ch.md translates
     "REINFORCE, K = 1": "REINFORCE，K = 1",
     "REINFORCE, batch baseline, K = 1": "REINFORCE，批次基準，K = 1",
@@ -88,14 +94,46 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "cross-entropy": "交叉熵",
     "strong setting": "高準確率設定",
     "equal feedback": "相同回饋量",
+    "SIGKILL at a random moment": "在隨機時刻 SIGKILL",
+    "SIGKILL at the n-th write, fsync, rename or unlink, every n": (
+        "在第 n 次寫入、fsync、改名或刪除時 SIGKILL，n 取遍所有值"
+    ),
+    "power cut there: contents not synced are lost": "同上但為斷電：未同步的內容遺失",
+    "power cut there: names not synced are lost too": "同上但為斷電：未同步的檔名也遺失",
+    "resumed after each epoch": "在每個週期之後接續",
+    "newest checkpoint cut short": "最新的檢查點被截短",
+    "newest checkpoint emptied": "最新的檢查點被清空",
+    "newest checkpoint deleted": "最新的檢查點被刪除",
+    "one bit of the newest checkpoint flipped": "最新的檢查點有一個位元翻轉",
+    "both checkpoints damaged": "兩個檢查點都損壞",
+    "disk full": "磁碟已滿",
+    "output directory moved away": "輸出目錄被移走",
+    "a file in its place": "輸出目錄被換成檔案",
+    "SIGINT at a random moment": "在隨機時刻 SIGINT",
+    "SIGTERM at a random moment": "在隨機時刻 SIGTERM",
+    "checkpoint of a newer format": "檢查點的格式較新",
+    "checkpoint of another library version": "檢查點的函式庫版本不同",
+    "NaN in the parameters": "參數出現 NaN",
+    "NaN in the gradients": "梯度出現 NaN",
+    "NaN in the data": "資料出現 NaN",
+    "a second run in the directory": "同一目錄的第二次執行",
+    "resumed, the same result": "接續後結果相同",
+    "a notice; from the one before, resumed, the same result": "發出通知；從前一個接續後結果相同",
+    "one line, status 1": "一行訊息，結束代碼 1",
+    "one line, status 1; resumed, the same result": "一行訊息，結束代碼 1；接續後結果相同",
+    "one line, status 130; resumed, the same result": "一行訊息，結束代碼 130；接續後結果相同",
+    "one line, status 143; resumed, the same result": "一行訊息，結束代碼 143；接續後結果相同",
+    "one line with both, status 2": "一行訊息列出兩者，結束代碼 2",
+    "a notice with both": "通知列出兩者",
+    "one line, status 2; the first is not disturbed": "一行訊息，結束代碼 2；第一次執行不受影響",
 }
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_tables_are_the_committed_results(readme):
     lines = read(readme).splitlines()
-    rows = [line for line in lines if re.match(r"\| .*\d(%| s) ", line)]
-    expected = [*accuracy_rows(), *speed_rows(), *algorithm_rows(), *strong_rows()]
+    rows = [line for line in lines if re.match(r"\| .*(\d(%| s) |\d+ \| \d+ \|$)", line)]
+    expected = [*accuracy_rows(), *speed_rows(), *algorithm_rows(), *strong_rows(), *fault_rows()]
     if readme == "README_ch.md":
         expected = [
             " | ".join(CHINESE.get(cell, cell) for cell in f"{row} ".split(" | ")).strip()
@@ -109,7 +147,7 @@ def test_the_tables_are_the_committed_results(readme):
 def test_the_machine_is_that_of_the_committed_results(readme):
     text = read(readme)
     accuracy, speed = (read_json(RESULTS / f"{name}.json") for name in ("accuracy", "speed"))
-    for name in ("speed", "comparison", "tuning"):
+    for name in ("speed", "comparison", "tuning", "faults"):
         for fact in ("versions", "processor", "cores", "date"):
             assert read_json(RESULTS / f"{name}.json")[fact] == accuracy[fact]
     assert re.search(rf"\b{accuracy['cores']} (cores|核心)", text)
@@ -142,6 +180,10 @@ def test_the_results_reach_what_was_asked_for():
     assert comparison["ratio_64_answers_to_1"]["median"] <= 1.3
     assert min(comparison["algorithms"][0]["test_accuracy"]["by_seed"]) < 0.88
     four_rounds, _ = read_json(RESULTS / "speed.json")["rows"]
+    faults = {row["fault"]: row for row in read_json(RESULTS / "faults.json")["rows"]}
+    assert all(row["kept"] == row["tried"] for row in faults.values())
+    assert faults["SIGKILL at a random moment"]["tried"] == 50
+    assert faults["one bit of the newest checkpoint flipped"]["tried"] == 200
     assert four_rounds["num_iterations"] == Config().num_iterations
     assert four_rounds["ratios"]["ours / products"]["median"] <= 1.3
     assert four_rounds["ratios"]["ours / pytorch"]["median"] < 1
@@ -176,7 +218,8 @@ def test_the_flags_are_those_of_config(readme):
     rows = dict(re.findall(r"^\| `(--[\w-]+)` \| `?([^|`]*)`? \|", read(readme), re.MULTILINE))
     assert list(rows) == [flag(name) for name in Config.__dataclass_fields__]
     defaults = Config()
-    for name in set(Config.__dataclass_fields__) - {"data_dir", "output_dir", "clip_epsilon_high"}:
+    unset = {"data_dir", "output_dir", "resume", "clip_epsilon_high"}
+    for name in set(Config.__dataclass_fields__) - unset:
         default = getattr(defaults, name)
         if default is False:
             assert rows[flag(name)] == "off"
