@@ -54,12 +54,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+
+def stop_at_once(number, _):
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the progress bar has hidden the cursor
+    os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":  # before the slow imports, so that a signal during them is one line too
-
-    def stop_at_once(number, _):
-        os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}\n".encode())
-        os._exit(128 + number)
-
     signal.signal(signal.SIGINT, stop_at_once)
     signal.signal(signal.SIGTERM, stop_at_once)
 
@@ -684,19 +687,17 @@ def predict(actor, images):
 def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Trains, printing and writing as it goes; returns the metrics of each epoch (see METRICS).
 
-    Raises UsageError before a run directory is made, RunError if data, numbers or the disk fail,
-    Interrupted after the step during which a signal's number has appeared in signals. After any of
-    them, and after a crash, config.resume continues the run as if nothing had happened.
+    Raises UsageError before anything is written, RunError if data, numbers or the disk fail, and
+    Interrupted after the step during which a signal's number has appeared in signals. A run that
+    has not ended otherwise is continued by config.resume, as if nothing had happened.
     """
     began = time.perf_counter()
     dataset_name = config.dataset
     if config.resume:
-        stored, dataset_name = stored_config(config.resume)
-        refuse_contradictions(config, stored, unsaid=Config(resume=config.resume))
-        config = stored
+        config, dataset_name, history = config_to_resume(config, unsaid=Config())
         if (config.resume / "summary.json").exists():
             say(f"{config.resume}: this run is finished; nothing is left to do.")
-            return read_history(config.resume)
+            return history
     dataset = load_dataset(dataset_name, config.data_dir)
     steps_per_epoch = len(dataset.train_images) // config.batch_size
     if steps_per_epoch == 0:
@@ -709,6 +710,8 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
         state, step, predict_all = prepare(config, config.num_epochs * steps_per_epoch)
         announce(config, dataset, state, output_dir)
         run, newest = restore(output_dir, state, facts)
+        if config.resume and not newest:
+            say("Resumed: from the start; there is no checkpoint yet")
         began -= run.seconds
         step = step.lower(state, *next(batches(dataset, config, epoch=1))).compile()
         done = len(run.history) * steps_per_epoch + len(run.step_metrics)
@@ -759,11 +762,11 @@ def for_each_seed(function: Callable, num_seeds: int) -> Callable:
 
 
 class Run(NamedTuple):
-    """A run between two steps: with its config, all that decides how it goes on."""
+    """A run between two steps: what a checkpoint holds of it."""
 
     state: TrainState
     history: list[dict[str, Any]]  # of the finished epochs, see METRICS
-    step_metrics: list[dict[str, np.ndarray]]  # of the steps of the epoch under way, (S,) by name
+    step_metrics: list[dict[str, Any]]  # of the steps of the epoch under way, (S,) by name
     epoch_seconds: float  # of the epoch under way
     seconds: float  # of the whole run
 
@@ -806,10 +809,12 @@ def stream_batches(step, state, stream, advance, signals=()) -> tuple[TrainState
     return state, step_metrics, time.perf_counter() - began
 
 
-def average_over_steps(step_metrics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def average_over_steps(step_metrics: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """The metrics of an epoch, (S,) by name, from those of its steps."""
-    by_name = jax.tree.map(lambda *values: np.stack(values), *step_metrics)
-    return {name: summarize(name, values) for name, values in by_name.items()}
+    return {
+        name: summarize(name, np.array([step[name] for step in step_metrics], np.float32))
+        for name in step_metrics[0]
+    }
 
 
 def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
@@ -844,7 +849,7 @@ def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) 
 
 # --- Checkpoints ----------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 1  # a change that this program could not read takes the next number
+CHECKPOINT_FORMAT = 1  # to be raised with every change that this program could not read
 
 
 def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | None) -> Path:
@@ -854,7 +859,7 @@ def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | N
     Orbax, which restores flipped bits without a word and does not fall back from a damaged step:
     the digest and the search would be needed all the same.
     """
-    rest = {name: value for name, value in run._asdict().items() if name != "state"}
+    rest = run._replace(state=None)._asdict()
     header = {"format": CHECKPOINT_FORMAT, "facts": facts, "run": rest}
     content = io.BytesIO()
     text = json.dumps(header, default=np.ndarray.tolist)
@@ -862,7 +867,7 @@ def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | N
     step = f"-step-{len(run.step_metrics)}" if run.step_metrics else ""
     path = output_dir / "checkpoints" / f"epoch-{len(run.history)}{step}.npz"
     write_file(path, content.getbuffer(), hashlib.sha256(content.getbuffer()).digest())
-    for other in path.parent.glob("epoch-*"):
+    for other in {*checkpoint_paths(output_dir), *path.parent.glob("epoch-*.npz.tmp")}:
         if other not in (path, previous):
             other.unlink()
     return path
@@ -871,7 +876,7 @@ def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | N
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
     """The newest whole checkpoint of a run: its path, header, and arrays; None before the first.
 
-    RunError if there should be one and is none, UsageError if a newer program wrote it.
+    RunError if all are damaged or lost, UsageError if a newer program wrote the newest.
     """
     paths = checkpoint_paths(run_dir)
     for path in paths:
@@ -900,14 +905,18 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
     """The newest first."""
-    paths = (run_dir / "checkpoints").glob("epoch-*.npz")
-    return sorted(paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])[::-1]
+    names = {
+        path: re.fullmatch(r"epoch-(\d+)(-step-(\d+))?\.npz", path.name)
+        for path in (run_dir / "checkpoints").glob("*.npz")
+    }
+    position = {path: (int(name[1]), int(name[3] or 0)) for path, name in names.items() if name}
+    return sorted(position, key=position.get, reverse=True)
 
 
 def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path | None]:
     """The run as its newest whole checkpoint has it, and that one's path, or else the fresh state.
 
-    RunError if the checkpoint is not one of this very program.
+    RunError if its arrays are not those that this program has.
     """
     found = newest_checkpoint(output_dir)
     if found is None:
@@ -915,7 +924,7 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     path, header, arrays = found
     paths = checkpoint_paths(output_dir)
     for damaged in paths[: paths.index(path)]:
-        say(f"NOTICE: {damaged} is damaged (its SHA-256 is another) and is not used.")
+        say(f"NOTICE: {damaged} is damaged (it has another SHA-256) and is not used.")
     for old in paths[paths.index(path) + 2 :]:  # the run was stopped before it removed this one
         old.unlink()
     expected = named_arrays(fresh)
@@ -924,16 +933,10 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     )
     if shapes != expected_shapes:
         raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
-    key_data = fresh._replace(key=jax.random.key_data(fresh.key))
     leaves = [jnp.array(arrays[name]) for name in expected]
-    state = jax.tree.unflatten(jax.tree.structure(key_data), leaves)
+    state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
     state = state._replace(key=jax.random.wrap_key_data(state.key))
-    run = Run(state, **header["run"])
-    step_metrics = [
-        {name: np.array(values, np.float32) for name, values in metrics.items()}
-        for metrics in run.step_metrics
-    ]
-    run = run._replace(step_metrics=step_metrics)
+    run = Run(**header["run"])._replace(state=state)
     announce_restored(run, path, header["facts"], facts)
     write_history(run.history, output_dir)
     return run, path
@@ -944,13 +947,10 @@ def announce_restored(run: Run, path: Path, then: dict[str, Any], now: dict[str,
     last, metrics = len(run.history), path.parent.parent / "metrics.jsonl"
     if metrics.exists() and metrics.read_bytes().count(b"\n") > last:
         say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
-    before, after = (
-        each["versions"] | {name: each[name] for name in ("device", "program_sha256")}
-        for each in (then, now)
-    )
-    for name in after:
-        if after[name] != before[name]:
-            say(f"NOTICE: {name} was {before[name]}, is {after[name]}: results may differ by it.")
+    before, after = (each | each["versions"] for each in (then, now))
+    for name in ("device", "cores", "xla_flags", "program_sha256", *now["versions"]):
+        if after[name] != before.get(name):
+            say(f"NOTICE: {name} was {before.get(name)}, is {after[name]}: results may differ.")
     steps = f" and {len(run.step_metrics)} steps" if run.step_metrics else ""
     say(f"Resumed: {last} of {then['num_epochs']} epochs{steps} are done, from {path}")
 
@@ -964,36 +964,43 @@ def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
     }
 
 
-def stored_config(run_dir: Path) -> tuple[Config, str]:
-    """The config of the run in a directory, and the name of its data set; UsageError without one.
+def config_to_resume(given: Config, unsaid: Config) -> tuple[Config, str, list[dict[str, Any]]]:
+    """The config of the run in given.resume, the name of its data set, its finished epochs.
 
-    From the newest whole checkpoint, whose digest vouches for it; before the first one, from
-    config.json.
+    UsageError if there is no run, if config.json and the newest checkpoint contradict each other,
+    or if a field of given contradicts them, being neither as there nor as in unsaid. Only data_dir
+    may be another, since the place of the data decides nothing.
     """
-    try:
-        if found := newest_checkpoint(run_dir):
-            facts = found[1]["facts"]
-        else:
-            facts = json.loads((run_dir / "config.json").read_text())
-        config = Config(**{field.name: facts[field.name] for field in dataclasses.fields(Config)})
-        return dataclasses.replace(config, resume=run_dir), facts["trained_on"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            f"--resume {run_dir} is not the directory of a run ({first_line(error)}); name another"
-        ) from error
-
-
-def refuse_contradictions(given: Config, stored: Config, unsaid: Config) -> None:
-    """UsageError if a field of given is neither as stored nor as it is if nothing is said."""
-    for name, value in vars(stored).items():
-        said = getattr(given, name)
-        if said not in (value, getattr(unsaid, name)):
+    run_dir = given.resume
+    found = newest_checkpoint(run_dir)
+    stored = read_config(run_dir / "config.json")
+    facts = found[1]["facts"] if found else stored
+    if facts is None:
+        raise UsageError(f"--resume {run_dir} is not the directory of a run; name another")
+    fields = {name: facts[name] for name in vars(given) if name in facts}
+    config = Config(**fields | {"resume": run_dir})
+    for name in vars(given).keys() - {"data_dir"}:
+        value, said = getattr(config, name), getattr(given, name)
+        if said not in (value, getattr(unsaid, name), run_dir):
             raise UsageError(
-                f"{flag(name)} {said} contradicts {value}, which the run in {given.resume} has;"
-                " leave the flag out, or start another run"
+                f"{flag(name)} {said} contradicts {value}, which the run in {run_dir} has; leave"
+                " the flag out, or start another run"
             )
+        if stored and stored.get(name) != facts.get(name):
+            raise UsageError(
+                f"{run_dir}/config.json has {stored.get(name)} for {name}, and {found[0]}"
+                f" {facts.get(name)}; they are of different runs, or edited: put the right one back"
+            )
+    if given.data_dir != unsaid.data_dir or not config.data_dir.exists():
+        config = dataclasses.replace(config, data_dir=given.data_dir)
+    return config, facts["trained_on"], found[1]["run"]["history"] if found else []
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """What is in config.json; None if that is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        facts = json.loads(path.read_text())
+        return facts if isinstance(facts, dict) else None
 
 
 # --- Reporting ------------------------------------------------------------------------------
@@ -1029,11 +1036,17 @@ def open_output_dir(config: Config, facts: dict[str, Any]) -> Iterator[Path]:
     """
     default_name = f"{facts['trained_on']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     output_dir = config.resume or config.output_dir or Path("runs", default_name)
+    if config.resume is config.output_dir is None and output_dir.exists():  # of the same second
+        output_dir = Path(f"{output_dir}-{os.getpid()}")
     said = f"{'--resume' if config.resume else '--output-dir'} {output_dir}"
-    refuse_another_run(config, output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / ".lock").open("w")
+        refuse_another_run(config, output_dir)
+        checkpoints = output_dir / "checkpoints"
+        new = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            sync_directory(path.parent)
+        lock = (output_dir / ".lock").open("a")
     except OSError as error:
         raise UsageError(f"{said} cannot be written ({error.strerror}); name another") from error
     with lock:
@@ -1042,8 +1055,8 @@ def open_output_dir(config: Config, facts: dict[str, Any]) -> Iterator[Path]:
         except BlockingIOError as error:
             raise UsageError(f"{said} is in use by another run; wait for its end") from error
         refuse_another_run(config, output_dir)
-        (output_dir / "checkpoints").mkdir(exist_ok=True)
-        write_json(output_dir / "config.json", facts)
+        if read_config(output_dir / "config.json") is None:
+            write_json(output_dir / "config.json", facts)
         yield output_dir
 
 
@@ -1060,9 +1073,15 @@ def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What config.json holds: the fields of Config, and where and on what they were used."""
     fields = vars(config) | {"resume": None}
     facts = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
-    program_sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    facts |= {"versions": library_versions(), "device": describe_devices()}
-    return facts | {"program_sha256": program_sha256, "trained_on": dataset.name}
+    facts |= {"trained_on": dataset.name, "versions": library_versions()}
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    program = Path(__file__).read_bytes()
+    return facts | {
+        "device": describe_devices(),
+        "cores": len(cores),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "program_sha256": hashlib.sha256(program).hexdigest(),
+    }
 
 
 def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Path) -> None:
@@ -1133,14 +1152,6 @@ def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path
 def write_history(history: list[dict[str, Any]], output_dir: Path) -> None:
     lines = [json.dumps(record) + "\n" for record in history]
     write_file(output_dir / "metrics.jsonl", "".join(lines).encode())
-
-
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); the checkpoints have a copy") from error
 
 
 def summarize_run(run: Run, config: Config, dataset: Dataset, seconds: float) -> dict[str, Any]:
@@ -1275,15 +1286,22 @@ def write_file(path: Path, *chunks: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunError(
-            f"{path} cannot be written: {error.strerror}; once it can, --resume continues the run"
+            f"{path} cannot be written: {error.strerror}; once it can, go on with --resume"
         ) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Brings the names in a directory onto the disk."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def say(line: str) -> None:
@@ -1297,9 +1315,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the program. 0: done, 1: failed, 2: invalid flags, 130: Ctrl-C, 143: SIGTERM."""
     signals = []
 
-    def note(number, _):
+    def note(number, frame):
         if signals:  # a second one does not wait for the step
-            os._exit(128 + number)
+            stop_at_once(number, frame)
         signals.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1308,8 +1326,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as interruption:
         number, run_dir = interruption.args
-        remedy = f"continue with: python grpo_mnist.py --resume {shlex.quote(str(run_dir))}"
-        return complain(f"stopped by {signal.Signals(number).name}; {remedy}", status=128 + number)
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        reason = f"stopped by {signal.Signals(number).name}; go on with: {command}"
+        return complain(reason, status=128 + number)
     except UsageError as error:
         return complain(error, status=2)
     except BrokenPipeError as error:  # the reader of our output has gone, as `| head` does
@@ -1333,16 +1352,14 @@ def parse_flags(argv: list[str] | None) -> Config:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
     run_dir = finder.parse_known_args(argv)[0].resume
-    stored = stored_config(Path(run_dir))[0] if run_dir else None
+    unsaid = Config(resume=run_dir)
+    if run_dir:
+        unsaid, *_ = config_to_resume(unsaid, unsaid)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            config = tyro.cli(
-                Config, args=argv, default=stored or Config(), description=first_line(__doc__)
-            )
-        if stored:
-            refuse_contradictions(config, stored, unsaid=stored)
-        return config
+            config = tyro.cli(Config, args=argv, default=unsaid, description=first_line(__doc__))
+        return config_to_resume(config, unsaid)[0] if run_dir else config
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise

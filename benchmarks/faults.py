@@ -119,13 +119,13 @@ class Laboratory:
             output, errors = process.communicate(timeout=300)
         return process.returncode, output, errors
 
-    def resumed(self, place, *words, program=PROGRAM, already=0):
+    def resumed(self, place, *words, program=PROGRAM, already=0, cold=False):
         """Whether the run in a place goes on (or begins, if it had not) and ends as it should.
 
         Words are what has to be said then; already are the epochs that must not be lost.
         """
         flags = ("--resume", "run") if (place / "run" / "config.json").exists() else self.flags
-        status, output, errors = self.run(place, *flags, program=(program,))
+        status, output, errors = self.run(place, *flags, program=(program,), cold=cold)
         done = re.search(r"Resumed: (\d+) of|run is (?:finished)", output)
         kept = 0 if done is None else int(done[1] or len(self.expected["metrics"]))
         good = (status, errors) == (0, "") and outcome(place) == self.expected
@@ -153,7 +153,7 @@ class Laboratory:
             time.sleep(seconds)
             process.kill()
             process.communicate()
-        return self.resumed(place)
+        return self.resumed(place, cold=True)
 
     def crashed(self, operation, loss, program=PROGRAM):
         """None if the run has no such operation; an epoch that was reported must not be lost."""

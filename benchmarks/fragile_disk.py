@@ -7,12 +7,14 @@ LOSS is what the failure takes with it:
 
     nothing    as when a process is killed: what the system was told, it keeps
     contents   as when the power goes: files whose content was not synced are empty
-    all        and every new name, rename and unlink in a directory that was not synced is undone
+    all        and every new name, rename and unlink in a directory that was not synced is undone;
+               a new directory there is gone with all that is in it
 """
 
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import sys
 
@@ -27,7 +29,9 @@ class FragileDisk:
         self.unsynced_files = set()  # by the names that they have now
         self.undo = []  # (directory, function), the latest last
         self.paths = {}  # by file descriptor
-        self.system = {name: getattr(os, name) for name in ("open", "fsync", "replace", "unlink")}
+        self.system = {
+            name: getattr(os, name) for name in ("open", "mkdir", "fsync", "replace", "unlink")
+        }
         self.open_path = pathlib.Path.open
 
     def install(self):
@@ -64,6 +68,12 @@ class FragileDisk:
         descriptor = self.system["open"](path, *arguments, **options)
         self.paths[descriptor] = os.path.abspath(os.fspath(path))
         return descriptor
+
+    def mkdir(self, path, *arguments, **options):
+        self.system["mkdir"](path, *arguments, **options)
+        if is_ours(path):
+            path = os.path.abspath(path)
+            self.on_crash(path, lambda: shutil.rmtree(path))
 
     def fsync(self, descriptor):
         path = self.paths[descriptor]

@@ -219,6 +219,20 @@ def test_a_signal_during_start_up(seconds, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_second_signal_does_not_wait():
+    """Here for the compilation, nor for a checkpoint."""
+    with start_program("--dataset=digits", "--num-epochs=1000", "--output-dir=run") as process:
+        while not process.stdout.readline().startswith("Output: "):
+            pass
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert errors == "grpo_mnist.py: stopped by SIGTERM\n"
+    assert tree("run/checkpoints") == []
+
+
 def test_two_runs_at_once_do_not_share_a_directory():
     flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=8192", "--output-dir=run")
     processes = [start_program(*flags) for _ in range(2)]
