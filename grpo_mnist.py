@@ -794,14 +794,17 @@ def train_epoch(run, step, predict_all, dataset, config, advance, signals=()) ->
 def stream_batches(step, state, stream, advance, signals=()) -> tuple[TrainState, list, float]:
     """Streams batches through the step, calling advance after each, until they or a signal end it.
 
-    Returns the state, the metrics of each step, (S,) by name, and the seconds. Nothing waits for
-    the device before the last batch is on its way.
+    Returns the state, the metrics of each step, (S,) by name, and the seconds. The loop stays a few
+    steps ahead of the device, which never waits, but not further: the progress bar tells the truth,
+    and a signal need not wait for the rest of the epoch.
     """
     began = time.perf_counter()
     step_metrics = []
     for images, labels in stream:
         state, metrics = step(state, images, labels)
         step_metrics.append(metrics)
+        if len(step_metrics) % 4 == 0:
+            jax.block_until_ready(step_metrics[-2])
         advance()
         if signals:
             break
@@ -924,7 +927,7 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     path, header, arrays = found
     paths = checkpoint_paths(output_dir)
     for damaged in paths[: paths.index(path)]:
-        say(f"NOTICE: {damaged} is damaged (it has another SHA-256) and is not used.")
+        say(f"NOTICE: {damaged} does not match its SHA-256; it is damaged and not used.")
     for old in paths[paths.index(path) + 2 :]:  # the run was stopped before it removed this one
         old.unlink()
     expected = named_arrays(fresh)
@@ -1326,7 +1329,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted as interruption:
         number, run_dir = interruption.args
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
         reason = f"stopped by {signal.Signals(number).name}; go on with: {command}"
         return complain(reason, status=128 + number)
     except UsageError as error:
