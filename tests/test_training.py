@@ -247,6 +247,25 @@ def test_several_seeds_are_the_same_runs_as_each_alone(capfd):
     assert len(set(summary["by_seed"]["params_sha256"])) == 5
 
 
+def test_the_loop_stays_ahead_of_the_device_by_a_few_steps(dataset):
+    """Else the progress bar would lie, and Ctrl-C would wait for all the steps sent off."""
+    config = Config(batch_size=1024, num_iterations=8)
+    state, compiled, _ = grpo_mnist.prepare(config, num_steps=100)
+    losses, pending = [], []
+
+    def step(*arguments):
+        state, metrics = compiled(*arguments)
+        losses.append(metrics["loss"])
+        return state, metrics
+
+    def advance():
+        pending.append(sum(not loss.is_ready() for loss in losses))
+
+    grpo_mnist.stream_batches(step, state, grpo_mnist.batches(dataset, config, 1), advance)
+    assert len(pending) == len(dataset.train_images) // 1024
+    assert 1 <= max(pending) <= 6
+
+
 def test_a_number_that_is_none_is_named_with_epoch_and_seed():
     config = Config(seed=5, num_seeds=3)
     state, _, _ = grpo_mnist.prepare(config, num_steps=1)
