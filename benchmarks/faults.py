@@ -4,8 +4,9 @@
 
 Every fault happens to a real process that trains on scikit-learn's digits; then the run is
 continued by another one, and must end as the run that nothing happened to: the same params_sha256,
-the same metrics.jsonl but for the times, the same files. Writes results/faults.json; about 45
-minutes. tests/test_checkpoints.py tries fewer of the same.
+the same metrics.jsonl but for the times, the same files. Writes results/faults.json, in about 45
+minutes; what that has already for this very program is not tried again. tests/test_checkpoints.py
+tries fewer of the same.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, write_results
+from common import RESULTS, ROOT, write_results
 
 from grpo_mnist import library_versions
 
@@ -73,18 +74,17 @@ grpo_mnist.batches = with_a_hole
 class Laboratory:
     """A directory for the runs, and what the undisturbed one among them came to."""
 
-    def __init__(self, directory, flags=FLAGS):
+    def __init__(self, directory):
         self.directory = Path(directory)
-        self.flags = flags
         self.environment = os.environ | {"TFDS_DATA_DIR": str(self.directory / "no-data")}
-        # Compiled once, and then read from here by all but those that are killed or stopped.
+        # What is compiled is kept here, but for those that are killed or stopped.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled")}
         cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self.compiled = self.environment | cache
         self.by_epoch = []  # copies of the directory, as it was after each epoch
         self.finished = self.new_place()
         began = time.perf_counter()
-        process = self.start(self.finished, *flags)
+        process = self.start(self.finished, *FLAGS)
         for line in process.stdout:
             if line.startswith("Epoch ") and line[6].isdigit():
                 process.send_signal(signal.SIGSTOP)
@@ -94,6 +94,8 @@ class Laboratory:
         process.stderr.close()
         self.seconds = time.perf_counter() - began
         self.expected = outcome(self.finished)
+        # Alone, since two processes that compile the same at once spoil each other's copies.
+        assert self.resumed_from(1)
 
     def new_place(self, copied_from=None):
         """A new working directory for a process, empty or a copy."""
@@ -124,9 +126,9 @@ class Laboratory:
 
         Words are what has to be said then; already are the epochs that must not be lost.
         """
-        flags = ("--resume", "run") if (place / "run" / "config.json").exists() else self.flags
+        flags = ("--resume", "run") if (place / "run" / "config.json").exists() else FLAGS
         status, output, errors = self.run(place, *flags, program=(program,), cold=cold)
-        done = re.search(r"Resumed: (\d+) of|run is (?:finished)", output)
+        done = re.search(r"Resumed: (\d+) of|run is finished", output)
         kept = 0 if done is None else int(done[1] or len(self.expected["metrics"]))
         good = (status, errors) == (0, "") and outcome(place) == self.expected
         good = good and kept >= already and all(word in output for word in words)
@@ -149,7 +151,7 @@ class Laboratory:
 
     def killed(self, seconds):
         place = self.new_place()
-        with self.start(place, *self.flags, cold=True) as process:
+        with self.start(place, *FLAGS, cold=True) as process:
             time.sleep(seconds)
             process.kill()
             process.communicate()
@@ -159,7 +161,7 @@ class Laboratory:
         """None if the run has no such operation; an epoch that was reported must not be lost."""
         place = self.new_place()
         script = (FRAGILE_DISK, program, str(operation), loss)
-        status, output, errors = self.run(place, *self.flags, program=script)
+        status, output, errors = self.run(place, *FLAGS, program=script)
         if status == 0:
             return None
         assert status == -signal.SIGKILL, errors
@@ -184,19 +186,20 @@ class Laboratory:
             damage(path)
         return self.refused(place, 1, "run/checkpoints holds no whole checkpoint")
 
-    def full_disk(self):
-        """No file may be as large as the second checkpoint."""
+    def full_disk(self, epoch):
+        """No file may be larger than the checkpoint after an epoch."""
         place = self.new_place()
-        path = self.by_epoch[1] / "run" / "checkpoints" / "epoch-1.npz"
+        path = self.by_epoch[epoch - 1] / "run" / "checkpoints" / f"epoch-{epoch}.npz"
         limit = ("sh", "-c", f'ulimit -f {path.stat().st_size // 512 + 2} && exec "$@"', "sh")
-        words = ("run/checkpoints/epoch-2.npz cannot be written: File too large", "--resume")
-        good = self.refused(place, 1, *words, flags=self.flags, prefix=limit)
-        return good and self.resumed(place, already=1)
+        name = f"run/checkpoints/epoch-{epoch + 1}.npz"
+        words = (f"{name} cannot be written: File too large", "--resume")
+        good = self.refused(place, 1, *words, flags=FLAGS, prefix=limit)
+        return good and self.resumed(place, already=epoch)
 
     def moved_away(self, leave_a_file):
         """During the second epoch the output directory goes, or a file takes its place."""
         place = self.new_place()
-        with self.start(place, *self.flags) as process:
+        with self.start(place, *FLAGS) as process:
             while not process.stdout.readline().startswith("Epoch 1/"):
                 pass
             (place / "run").rename(place / "elsewhere")
@@ -214,7 +217,7 @@ class Laboratory:
 
     def signalled(self, number, seconds):
         place = self.new_place()
-        with self.start(place, *self.flags, cold=True) as process:
+        with self.start(place, *FLAGS, cold=True) as process:
             time.sleep(seconds)
             process.send_signal(number)
             output, errors = process.communicate()
@@ -244,16 +247,16 @@ class Laboratory:
         good = self.refused(place, 1, *words, program=(script,))
         return good and self.resumed(place, already=1)
 
-    def second_run(self):
-        """While one runs, another one in its directory is refused, and does not harm it."""
+    def second_run(self, epoch):
+        """After an epoch of one, another in its directory is refused, and does not harm it."""
         place = self.new_place()
-        with self.start(place, *self.flags) as process:
-            while not process.stdout.readline().startswith("Epoch 1/"):
+        with self.start(place, *FLAGS) as process:
+            while not process.stdout.readline().startswith(f"Epoch {epoch}/"):
                 pass
             process.send_signal(signal.SIGSTOP)
             good = all(
                 self.refused(place, 2, "run ", flags=flags)
-                for flags in (self.flags, ("--resume", "run"))
+                for flags in (FLAGS, ("--resume", "run"))
             )
             process.send_signal(signal.SIGCONT)
             process.communicate()
@@ -308,7 +311,7 @@ def other_library(header):
 
 def damages(size, truncations, flips):
     """(damage, what has to be said) for a file of that size."""
-    said = "epoch-2.npz is damaged"
+    said = "epoch-2.npz does not match its SHA-256"
     lengths = [size * i // truncations for i in range(truncations)]
     bits = random.Random(0).sample(range(8 * size), flips)
     return [
@@ -321,64 +324,80 @@ def damages(size, truncations, flips):
 
 
 def main():
+    program_sha256 = hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
+    results = RESULTS / "faults.json"
+    before = json.loads(results.read_text()) if results.exists() else {}
+    done = before["rows"] if before.get("program_sha256") == program_sha256 else []
+    done = {row["fault"]: row for row in done}
+    rows = []
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
         laboratory = Laboratory(directory)
-        rows = []
 
-        def tell(fault, promise, outcomes):
-            outcomes = list(outcomes)
-            kept = sum(outcomes)
-            rows.append({"fault": fault, "promise": promise, "tried": len(outcomes), "kept": kept})
-            print(f"{fault}: {kept} of {len(outcomes)}", flush=True)
+        def try_all(fault, promise, try_one, *arguments):
+            if fault not in done:
+                outcomes = list(pool.map(try_one, *arguments))
+                if None in outcomes:  # the end of what there is to try
+                    outcomes = outcomes[: outcomes.index(None)]
+                counts = {"tried": len(outcomes), "kept": sum(outcomes)}
+                done[fault] = {"fault": fault, "promise": promise} | counts
+            rows.append(done[fault])
+            print(*done[fault].values(), sep=" | ", flush=True)
+            facts = {"flags": " ".join(FLAGS), "program_sha256": program_sha256}
+            write_results("faults", facts | {"rows": rows})
 
-        same = "resumed, the same result"
-        moments = random.Random(1)
-        kills = [moments.uniform(0, laboratory.seconds) for _ in range(50)]
-        tell("SIGKILL at a random moment", same, pool.map(laboratory.killed, kills))
-        for loss, fault in (
-            ("nothing", "SIGKILL at the n-th write, fsync, rename or unlink, every n"),
-            ("contents", "power cut there: contents not synced are lost"),
-            ("all", "power cut there: names not synced are lost too"),
-        ):
-            outcomes = []
-            while None not in outcomes:
-                operations = range(len(outcomes) + 1, len(outcomes) + 9)
-                outcomes += pool.map(laboratory.crashed, operations, [loss] * 8)
-            tell(fault, same, outcomes[: outcomes.index(None)])
-        tell("resumed after each epoch", same, pool.map(laboratory.resumed_from, (1, 2, 3)))
-        size = (laboratory.by_epoch[1] / "run" / "checkpoints" / "epoch-2.npz").stat().st_size
-        kinds = damages(size, truncations=16, flips=200)
-        _, breaks, words = zip(*kinds, strict=True)
-        good = list(pool.map(laboratory.damaged, breaks, words))
-        before = f"a notice; from the one before, {same}"
-        tell("newest checkpoint cut short", before, good[:16])
-        tell("newest checkpoint emptied", before, good[16:17])
-        tell("newest checkpoint deleted", before, good[17:18])
-        tell("one bit of the newest checkpoint flipped", before, good[18:])
-        both = pool.map(laboratory.all_damaged, (truncate(99), flip(9)))
-        tell("both checkpoints damaged", "one line, status 1", both)
-        stops = f"one line, status 1; {same}"
-        tell("disk full", stops, [laboratory.full_disk()])
-        tell("output directory moved away", stops, [laboratory.moved_away(leave_a_file=False)])
-        tell("a file in its place", stops, [laboratory.moved_away(leave_a_file=True)])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            seconds = [moments.uniform(0, laboratory.seconds) for _ in range(10)]
-            signalled = pool.map(laboratory.signalled, [number] * 10, seconds)
-            tell(
-                f"{number.name} at a random moment",
-                f"one line, status {128 + number}; {same}",
-                signalled,
-            )
-        newer = laboratory.forged(newer_format, 2, "has format 2", "reads format 1")
-        tell("checkpoint of a newer format", "one line with both, status 2", [newer])
-        now = f"jax was 0.4.1, is {library_versions()['jax']}"
-        other = laboratory.forged(other_library, 0, now)
-        tell("checkpoint of another library version", "a notice with both", [other])
-        for where in NOT_A_NUMBER:
-            tell(f"NaN in the {where}", stops, [laboratory.not_a_number(where)])
-        second = "one line, status 2; the first is not disturbed"
-        tell("a second run in the directory", second, [laboratory.second_run()])
-    write_results("faults", {"flags": " ".join(FLAGS), "rows": rows})
+        try_everything(laboratory, try_all)
+
+
+def try_everything(laboratory, try_all):
+    """Calls try_all with a fault, the promise about it, a function, and the function's arguments.
+
+    Each of the arguments is a sequence, with an item for each time that the fault is tried.
+    """
+    same = "resumed, the same result"
+    moments = random.Random(1)
+    kills, *signals = (
+        [moments.uniform(0, laboratory.seconds) for _ in range(n)] for n in (50, 10, 10)
+    )
+    try_all("SIGKILL at a random moment", same, laboratory.killed, kills)
+    for loss, fault in (
+        ("nothing", "SIGKILL at the n-th write, fsync, rename or unlink, every n"),
+        ("contents", "power cut there: contents not synced are lost"),
+        ("all", "power cut there: names not synced are lost too"),
+    ):
+        try_all(fault, same, laboratory.crashed, range(1, 50), [loss] * 49)
+    try_all("resumed after each epoch", same, laboratory.resumed_from, (1, 2, 3))
+    size = (laboratory.by_epoch[1] / "run" / "checkpoints" / "epoch-2.npz").stat().st_size
+    kinds = damages(size, truncations=16, flips=200)
+    before = f"a notice; from the one before, {same}"
+    for fault, some in (
+        ("newest checkpoint cut short", kinds[:16]),
+        ("newest checkpoint emptied", kinds[16:17]),
+        ("newest checkpoint deleted", kinds[17:18]),
+        ("one bit of the newest checkpoint flipped", kinds[18:]),
+    ):
+        _, breaks, words = zip(*some, strict=True)
+        try_all(fault, before, laboratory.damaged, breaks, words)
+    both = (truncate(99), flip(9))
+    try_all("both checkpoints damaged", "one line, status 1", laboratory.all_damaged, both)
+    stops = f"one line, status 1; {same}"
+    try_all("disk full", stops, laboratory.full_disk, [1])
+    try_all("output directory moved away", stops, laboratory.moved_away, [False])
+    try_all("a file in its place", stops, laboratory.moved_away, [True])
+    for number, seconds in zip((signal.SIGINT, signal.SIGTERM), signals, strict=True):
+        fault = f"{number.name} at a random moment"
+        promise = f"one line, status {128 + number}; {same}"
+        try_all(fault, promise, laboratory.signalled, [number] * 10, seconds)
+    words = ("has format 2", "reads format 1")
+    newer = (newer_format,), (2,), *([word] for word in words)
+    promise = "one line with both, status 2"
+    try_all("checkpoint of a newer format", promise, laboratory.forged, *newer)
+    other = (other_library,), (0,), [f"jax was 0.4.1, is {library_versions()['jax']}"]
+    promise = "a notice with both"
+    try_all("checkpoint of another library version", promise, laboratory.forged, *other)
+    for where in NOT_A_NUMBER:
+        try_all(f"NaN in the {where}", stops, laboratory.not_a_number, [where])
+    promise = "one line, status 2; the first is not disturbed"
+    try_all("a second run in the directory", promise, laboratory.second_run, [1])
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ FAULTS = {  # 15 operations on the disk end with the report of the first epoch
     "power cut, all lost": lambda lab: lab.crashed(16, "all"),
     "resumed after an epoch": lambda lab: lab.resumed_from(1),
     "resumed for the picture alone": lambda lab: lab.resumed_from(3),
-    "a bit flipped": lambda lab: lab.damaged(faults.flip(9_999_999), "epoch-2.npz is damaged"),
-    "full disk": lambda lab: lab.full_disk(),
+    "a bit flipped": lambda lab: lab.damaged(faults.flip(9_999_999), "epoch-2.npz does not match"),
+    "full disk": lambda lab: lab.full_disk(epoch=1),
     "directory turned into a file": lambda lab: lab.moved_away(leave_a_file=True),
     "SIGINT": lambda lab: lab.signalled(signal.SIGINT, 0.75 * lab.seconds),
     "SIGTERM": lambda lab: lab.signalled(signal.SIGTERM, 0.85 * lab.seconds),
     "NaN": lambda lab: lab.not_a_number("gradients"),
-    "a second run": lambda lab: lab.second_run(),
+    "a second run": lambda lab: lab.second_run(epoch=1),
 }
 SAFEGUARDS = {  # old: new, which takes a safeguard out of the program
     "digest": ("if hashlib.sha256(packed).digest() == digest:", "if packed:"),
