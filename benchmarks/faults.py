@@ -134,18 +134,14 @@ class Laboratory:
         good = good and kept >= already and all(word in output for word in words)
         if good:
             shutil.rmtree(place)
-        else:
-            print(f"not as it should be: {place}: {status}\n{output}{errors}", flush=True)
-        return good
+        return verdict(good, place, status, output, errors)
 
     def refused(self, place, status, *words, flags=("--resume", "run"), **options):
         """Whether a program ends with the status and one line on standard error with the words."""
         found, output, errors = self.run(place, *flags, **options)
         lines = errors.splitlines()
         good = found == status and len(lines) == 1 and all(word in lines[0] for word in words)
-        if not good:
-            print(f"not as it should be: {place}: {found}\n{output}{errors}", flush=True)
-        return good
+        return verdict(good, place, found, output, errors)
 
     # --- the faults; each tells whether all was as it should be ---
 
@@ -200,12 +196,11 @@ class Laboratory:
         """During the second epoch the output directory goes, or a file takes its place."""
         place = self.new_place()
         with self.start(place, *FLAGS) as process:
-            while not process.stdout.readline().startswith("Epoch 1/"):
-                pass
+            read_until(process, "Epoch 1/")
             (place / "run").rename(place / "elsewhere")
             if leave_a_file:
                 (place / "run").write_text("mine")
-            _, errors = process.communicate()
+            output, errors = process.communicate()
         reason = "Not a directory" if leave_a_file else "No such file or directory"
         good = process.returncode == 1 and len(errors.splitlines()) == 1
         good = good and f"cannot be written: {reason}" in errors
@@ -213,6 +208,7 @@ class Laboratory:
             good = good and (place / "run").read_text() == "mine"
             (place / "run").unlink()
         (place / "elsewhere").rename(place / "run")
+        good = verdict(good, place, process.returncode, output, errors)
         return good and self.resumed(place, already=1)
 
     def signalled(self, number, seconds):
@@ -224,10 +220,9 @@ class Laboratory:
         resumable = "--resume run" in errors or not (place / "run").exists()
         stopped = process.returncode == 128 + number and len(errors.splitlines()) == 1
         finished = process.returncode == 0 and "--- Training completed! ---" in output
-        if not (finished or (stopped and resumable)):
-            print(f"not as it should be: {place}: {process.returncode}\n{output}{errors}")
-            return False
-        return self.resumed(place)
+        good = finished or (stopped and resumable)
+        good = verdict(good, place, process.returncode, output, errors)
+        return good and self.resumed(place)
 
     def forged(self, change, status, *words):
         """A whole checkpoint that another program could have written."""
@@ -251,8 +246,7 @@ class Laboratory:
         """After an epoch of one, another in its directory is refused, and does not harm it."""
         place = self.new_place()
         with self.start(place, *FLAGS) as process:
-            while not process.stdout.readline().startswith(f"Epoch {epoch}/"):
-                pass
+            read_until(process, f"Epoch {epoch}/")
             process.send_signal(signal.SIGSTOP)
             good = all(
                 self.refused(place, 2, "run ", flags=flags)
@@ -263,26 +257,46 @@ class Laboratory:
         return good and process.returncode == 0 and outcome(place) == self.expected
 
 
+def verdict(good, place, status, output, errors):
+    """Hands good through, and shows what happened if it is not."""
+    if not good:
+        print(f"not as it should be: {place}: {status}\n{output}{errors}", flush=True)
+    return good
+
+
+def read_until(process, beginning):
+    """Reads what a process prints up to a line that begins so."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"ended before {beginning}: {process.stderr.read()}")
+
+
+def metrics_without_times(run):
+    """The lines of metrics.jsonl, of which two runs that are the same must have the same."""
+    times = {"seconds": None, "images_per_second": None}
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) | times for line in lines]
+
+
 def outcome(place):
     """What two runs that are the same must agree in."""
     run = place / "run"
     if not (run / "summary.json").exists():
         return None
-    times = {"seconds": None, "images_per_second": None}
-    lines = (run / "metrics.jsonl").read_text().splitlines()
     return {
         "params_sha256": json.loads((run / "summary.json").read_text())["params_sha256"],
-        "metrics": [json.loads(line) | times for line in lines],
+        "metrics": metrics_without_times(run),
         "config": json.loads((run / "config.json").read_text()),
         "files": sorted(str(path.relative_to(place)) for path in place.rglob("*")),
     }
 
 
 def forge(path, change):
-    """Writes a checkpoint anew with another header, digest included."""
+    """Writes a checkpoint anew with its header or its arrays changed, digest included."""
     arrays = dict(np.load(path))
     header = json.loads(str(arrays.pop("header")))
-    change(header)
+    change(header, arrays)
     content = io.BytesIO()
     np.savez(content, header=json.dumps(header), **arrays)
     path.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
@@ -301,11 +315,11 @@ def flip(bit):
     return damage
 
 
-def newer_format(header):
+def newer_format(header, _):
     header["format"] += 1
 
 
-def other_library(header):
+def other_library(header, _):
     header["facts"]["versions"]["jax"] = "0.4.1"
 
 
@@ -315,11 +329,10 @@ def damages(size, truncations, flips):
     lengths = [size * i // truncations for i in range(truncations)]
     bits = random.Random(0).sample(range(8 * size), flips)
     return [
-        *((f"cut to {length} bytes", truncate(length), said) for length in lengths[1:]),
-        (f"cut to {size - 1} bytes", truncate(size - 1), said),
-        ("emptied", truncate(0), said),
-        ("deleted", os.unlink, "metrics.jsonl knows of later epochs"),
-        *((f"bit {bit} flipped", flip(bit), said) for bit in bits),
+        *((truncate(length), said) for length in [*lengths[1:], size - 1]),
+        (truncate(0), said),
+        (os.unlink, "metrics.jsonl knows of later epochs"),
+        *((flip(bit), said) for bit in bits),
     ]
 
 
@@ -375,7 +388,7 @@ def try_everything(laboratory, try_all):
         ("newest checkpoint deleted", kinds[17:18]),
         ("one bit of the newest checkpoint flipped", kinds[18:]),
     ):
-        _, breaks, words = zip(*some, strict=True)
+        breaks, words = zip(*some, strict=True)
         try_all(fault, before, laboratory.damaged, breaks, words)
     both = (truncate(99), flip(9))
     try_all("both checkpoints damaged", "one line, status 1", laboratory.all_damaged, both)

@@ -63,7 +63,8 @@ def try_out(flags, dataset):
     for epoch in range(1, config.num_epochs + 1):
         stream = grpo_mnist.batches(dataset, config, epoch)
         state, step_metrics, _ = grpo_mnist.stream_batches(step, state, stream, lambda: None)
-        accuracies.append(np.mean([metrics["accuracy"] for metrics in step_metrics]).item())
+        metrics = grpo_mnist.average_over_steps(step_metrics)
+        accuracies.append(float(metrics["accuracy"].mean()))
     answers, _ = predict_all(state.networks.actor, dataset.test_images)
     held_out_accuracy = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
     print(

@@ -15,6 +15,7 @@ from conftest import (
     start_program,
     tree,
 )
+from faults import read_until
 
 from grpo_mnist import Config, UsageError, flag, main
 
@@ -222,8 +223,7 @@ def test_a_signal_during_start_up(seconds, tmp_path):
 def test_a_second_signal_does_not_wait():
     """Here for the compilation, nor for a checkpoint."""
     with start_program("--dataset=digits", "--num-epochs=1000", "--output-dir=run") as process:
-        while not process.stdout.readline().startswith("Output: "):
-            pass
+        read_until(process, "Output: ")
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
