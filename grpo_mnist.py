@@ -49,6 +49,7 @@ import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -72,8 +73,9 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from scipy.special import stdtrit
 from tensorflow_probability.substrates.jax import distributions as tfd
 
 # B images in a batch, G answers per image, A = 10 possible answers, K rounds per batch; S seeds.
@@ -134,6 +136,11 @@ class Config:
     output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
     # Continue the run in this directory; its own config holds, and other flags may not contradict.
     resume: Path | None = None
+    # Several hosts: host:port of process 0, how many processes there are, and which one this is,
+    # from 0. On clusters that JAX knows, such as Slurm's, it finds out for itself.
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -179,6 +186,12 @@ class Config:
             useful = self.beta > 0 or getattr(self, name) == unused
             yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
         yield "seed", 0 <= self.seed <= 2**32 - self.num_seeds, "0 or more, the last below 2**32"
+        address, number, count = self.coordinator_address, self.process_id, self.num_processes
+        fits = address is None or re.fullmatch(r".+:\d+", address)
+        yield "coordinator_address", fits, "host:port"
+        yield "num_processes", count is None or count >= 1, "1 or more"
+        fits = number is None or 0 <= number < (count or math.inf)
+        yield "process_id", fits, f"0 or more, and below --num-processes {count}"
 
     @property
     def seeds(self) -> range:
@@ -384,7 +397,7 @@ def batches(dataset: Dataset, config: Config, epoch: int) -> Iterator[tuple]:
     orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
     for start in range(0, num_images - config.batch_size + 1, config.batch_size):
         chosen = np.stack([order[start : start + config.batch_size] for order in orders])
-        yield dataset.train_images[chosen], dataset.train_labels[chosen]
+        yield dataset.train_images.take(chosen, axis=0), dataset.train_labels.take(chosen)
 
 
 # --- Actor: the policy ----------------------------------------------------------------------
@@ -641,10 +654,10 @@ def train_step(state, images, labels, *, optimizer, config):
     """
     key, sampling_key = jax.random.split(state.key)
     rollout = sample_rollout(state, images, labels, sampling_key, config)
-    size = config.batch_size // config.num_minibatches
+    pieces = jax.tree.map(lambda x: cut(x, config.num_minibatches), rollout)
 
-    def update(state, start):
-        minibatch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rollout)
+    def update(state, index):
+        minibatch = jax.tree.map(lambda x: x[:, index], pieces)
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.networks, minibatch, config)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
         metrics["grad_norm"] = optax.tree.norm(gradients.actor)
@@ -655,15 +668,20 @@ def train_step(state, images, labels, *, optimizer, config):
     # After its use in the rollout: a baseline that knew this batch would bias the gradient.
     moving_average = 0.9 * state.moving_average + 0.1 * rollout.rewards.mean()
     state = state._replace(key=key, moving_average=moving_average)
-    starts = jnp.tile(jnp.arange(0, config.batch_size, size), config.num_iterations)  # K rounds
+    indices = jnp.tile(jnp.arange(config.num_minibatches), config.num_iterations)  # K rounds
     # Unrolled by four; where that is the whole step, XLA shares a forward pass with the sampling.
-    state, metrics = jax.lax.scan(update, state, starts, unroll=4)
+    state, metrics = jax.lax.scan(update, state, indices, unroll=4)
     metrics = {name: summarize(name, values) for name, values in metrics.items()}
     metrics["accuracy"] = rollout.rewards.mean()
     metrics["reward_std"] = rollout.rewards.std()
     axes = IMAGE if config.compares_answers else BATCH
     metrics["frac_reward_zero_std"] = all_equal(rollout.rewards, axes).mean()
     return state, metrics
+
+
+def cut(x, num_minibatches):
+    """(B, ...) -> (B / M, M, ...): piece m has every M-th image, so that devices keep their own."""
+    return x.reshape(-1, num_minibatches, *x.shape[1:])
 
 
 def summarize(name, values):
@@ -692,61 +710,112 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
     has not ended otherwise is continued by config.resume, as if nothing had happened.
     """
     began = time.perf_counter()
+    find_devices()
     dataset_name = config.dataset
     if config.resume:
         config, dataset_name, history = config_to_resume(config, unsaid=Config())
         if (config.resume / "summary.json").exists():
             say(f"{config.resume}: this run is finished; nothing is left to do.")
             return history
-    dataset = load_dataset(dataset_name, config.data_dir)
+    refuse_uneven_shares(config)
+    with ThreadPoolExecutor() as pool:  # reading is not computing: do both at once
+        reading = pool.submit(load_dataset, dataset_name, config.data_dir)
+        state = create_state(config)
+    dataset = reading.result()
     steps_per_epoch = len(dataset.train_images) // config.batch_size
     if steps_per_epoch == 0:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train_images)}"
             f" training images of {dataset.name}; choose a smaller one"
         )
+    num_steps = config.num_epochs * steps_per_epoch
     facts = describe_run(config, dataset)
     with open_output_dir(config, facts) as output_dir:
-        state, step, predict_all = prepare(config, config.num_epochs * steps_per_epoch)
         announce(config, dataset, state, output_dir)
         run, newest = restore(output_dir, state, facts)
         if config.resume and not newest:
             say("Resumed: from the start; there is no checkpoint yet")
         began -= run.seconds
-        step = step.lower(state, *next(batches(dataset, config, epoch=1))).compile()
+        first_batch = next(batches(dataset, config, epoch=1))
+        step = compile_step(run.state, first_batch, config, num_steps)
         done = len(run.history) * steps_per_epoch + len(run.step_metrics)
-        with progress_bar(config.num_epochs * steps_per_epoch, done) as advance:
-            while len(run.history) < config.num_epochs:
-                run = train_epoch(run, step, predict_all, dataset, config, advance, signals)
+        go_on, stopped_by = stop_together(signals)
+        with progress_bar(num_steps, done) as advance:
+            while go_on() and len(run.history) < config.num_epochs:
+                run = train_epoch(run, step, dataset, config, advance, go_on)
                 run = run._replace(seconds=time.perf_counter() - began)
-                newest = write_checkpoint(run, facts, output_dir, previous=newest)
+                if is_first_process():
+                    newest = write_checkpoint(run, facts, output_dir, previous=newest)
                 if not run.step_metrics:
                     report_epoch(run.history, config, output_dir)
-                if signals:
-                    raise Interrupted(signals[0], output_dir)
-        actor = run.state.networks.actor
-        answers, confidences = jax.device_get(predict_all(actor, dataset.test_images))
-        plot_curves(run.history, config, dataset, answers[0], confidences[0], output_dir)
-        summary = summarize_run(run, config, dataset, time.perf_counter() - began)
-        write_json(output_dir / "summary.json", summary)  # the last file: the run is finished
-        announce_end(summary, output_dir)
+        if stopped_by:
+            raise Interrupted(stopped_by[0], output_dir)
+        predictions = predict_all(run.state.networks.actor, dataset.test_images)
+        if is_first_process():
+            answers, confidences = jax.device_get(predictions)
+            plot_curves(run.history, config, dataset, answers[0], confidences[0], output_dir)
+            summary = summarize_run(run, config, dataset, time.perf_counter() - began)
+            write_json(output_dir / "summary.json", summary)  # the last file: the run is finished
+            announce_end(summary, output_dir)
     return run.history
 
 
-def prepare(config: Config, num_steps: int) -> tuple[TrainState, Callable, Callable]:
-    """A fresh state, and train_step and predict, for S seeds at once in one program each.
+def create_state(config: Config) -> TrainState:
+    """A fresh state for S seeds, the same on every device; its arrays have a leading axis (S,)."""
+    optimizer = create_optimizer(config, 1)  # the schedule's length is not in the state
+    create_one = partial(create_train_state, optimizer=optimizer, config=config)
 
-    State, batches and results have a leading axis of size S; the images to predict are shared.
-    The step reuses the memory of the state that it is given: do not touch that again.
+    def create(seeds):
+        return for_each_seed(create_one, config.num_seeds)(jax.vmap(jax.random.key)(seeds))
+
+    on_each_device, _ = shardings()
+    quickly = {"xla_backend_optimization_level": 1}  # to compile: in half the time
+    create = jax.jit(create, out_shardings=on_each_device, compiler_options=quickly)
+    return create(np.array(config.seeds, np.uint32))
+
+
+def compile_step(state: TrainState, batch: tuple, config: Config, num_steps: int) -> Callable:
+    """train_step for S seeds and all devices, as one program for such a state and such a batch.
+
+    step(leaves of the state, images (S, B, 784), labels (S, B)) -> the leaves of the new state,
+    metrics (S,) by name. It reuses the memory of the leaves: do not touch them again. Leaves, since
+    taking the networks apart at every call costs more than the call.
     """
     optimizer = create_optimizer(config, num_steps)
-    create, step = (
-        for_each_seed(partial(function, optimizer=optimizer, config=config), config.num_seeds)
-        for function in (create_train_state, train_step)
+    of_state = for_each_seed(
+        partial(train_step, optimizer=optimizer, config=config), config.num_seeds
     )
-    state = jax.jit(create)(jnp.stack([jax.random.key(seed) for seed in config.seeds]))
-    predict_all = jax.jit(jax.vmap(predict, in_axes=(0, None)))
-    return state, jax.jit(step, donate_argnums=0), predict_all
+    structure = jax.tree.structure(state)
+
+    def of_leaves(leaves, images, labels):
+        state, metrics = of_state(jax.tree.unflatten(structure, leaves), images, labels)
+        return jax.tree.leaves(state), metrics
+
+    on_each_device, by_image = shardings()
+    # To compile: in two thirds of the time, and the step is as fast.
+    quickly = {"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE"}
+    program = jax.jit(
+        of_leaves,
+        donate_argnums=0,
+        in_shardings=(on_each_device, by_image, by_image),
+        out_shardings=on_each_device,
+        compiler_options=quickly,
+    )
+    program = program.lower(jax.tree.leaves(state), *batch).compile()
+
+    def step(leaves, images, labels):
+        batch = (
+            jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in (images, labels)
+        )
+        return program(leaves, *batch)
+
+    return step
+
+
+@jax.jit
+def predict_all(actor, images):
+    """predict for S actors, of the same images: uint8 (N, 784) -> (S, N), (S, N)."""
+    return jax.vmap(predict, in_axes=(0, None))(actor, images)
 
 
 def for_each_seed(function: Callable, num_seeds: int) -> Callable:
@@ -771,11 +840,11 @@ class Run(NamedTuple):
     seconds: float  # of the whole run
 
 
-def train_epoch(run, step, predict_all, dataset, config, advance, signals=()) -> Run:
-    """Trains to the end of the epoch under way; a signal ends it sooner, after a step."""
+def train_epoch(run, step, dataset, config, advance, go_on) -> Run:
+    """Trains to the end of the epoch under way, or until go_on says no after a step."""
     epoch, done = len(run.history) + 1, len(run.step_metrics)
     stream = itertools.islice(batches(dataset, config, epoch), done, None)
-    state, step_metrics, seconds = stream_batches(step, run.state, stream, advance, signals)
+    state, step_metrics, seconds = stream_batches(step, run.state, stream, advance, go_on)
     seconds += run.epoch_seconds
     step_metrics = run.step_metrics + step_metrics
     metrics = average_over_steps(step_metrics)
@@ -791,8 +860,10 @@ def train_epoch(run, step, predict_all, dataset, config, advance, signals=()) ->
     return Run(state, [*run.history, record], [], epoch_seconds=0.0, seconds=run.seconds)
 
 
-def stream_batches(step, state, stream, advance, signals=()) -> tuple[TrainState, list, float]:
-    """Streams batches through the step, calling advance after each, until they or a signal end it.
+def stream_batches(
+    step, state, stream, advance=lambda: None, go_on=lambda: True
+) -> tuple[TrainState, list, float]:
+    """Streams batches through the step, calling advance after each, while go_on says so.
 
     Returns the state, the metrics of each step, (S,) by name, and the seconds. The loop stays a few
     steps ahead of the device, which never waits, but not further: the progress bar tells the truth,
@@ -800,16 +871,17 @@ def stream_batches(step, state, stream, advance, signals=()) -> tuple[TrainState
     """
     began = time.perf_counter()
     step_metrics = []
+    leaves, structure = jax.tree.flatten(state)
     for images, labels in stream:
-        state, metrics = step(state, images, labels)
+        leaves, metrics = step(leaves, images, labels)
         step_metrics.append(metrics)
         if len(step_metrics) % 4 == 0:
             jax.block_until_ready(step_metrics[-2])
         advance()
-        if signals:
+        if not go_on():
             break
     step_metrics = jax.device_get(step_metrics)
-    return state, step_metrics, time.perf_counter() - began
+    return jax.tree.unflatten(structure, leaves), step_metrics, time.perf_counter() - began
 
 
 def average_over_steps(step_metrics: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -848,6 +920,90 @@ def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) 
                 f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}; what was"
                 " written before stays; try another run with a smaller --learning-rate"
             )
+
+
+# --- Devices and processes ------------------------------------------------------------------
+
+
+def join_processes(config: Config) -> None:
+    """Makes the processes of several hosts one run, by the flags or as JAX finds a cluster out.
+
+    UsageError if the flags do not say enough, RunError if the processes do not meet.
+    """
+    given = config.coordinator_address, config.num_processes, config.process_id
+    named = *given, os.environ.get("JAX_COORDINATOR_ADDRESS")
+    several = any(value is not None for value in named)
+    if several:
+        print("Waiting for the other processes...", flush=True)
+    # In a thread, so that a signal is heard; no longer than here, since JAX would then crash.
+    joining = ThreadPoolExecutor().submit(jax.distributed.initialize, *given)
+    try:
+        joining.result(timeout=120)
+    except TimeoutError as error:
+        raise RunError(
+            f"not all of the {config.num_processes} processes have come to"
+            f" {config.coordinator_address} in 2 minutes; see what they say, and start them again"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        if several:
+            raise UsageError(
+                "--coordinator-address, --num-processes and --process-id belong together:"
+                f" {first_line(error)}"
+            ) from error
+
+
+def find_devices() -> list[jax.Device]:
+    """Those of all processes; UsageError if the environment asks for one that is not there."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise UsageError(
+            f"JAX finds no device with JAX_PLATFORMS={platforms}; unset it, or install JAX for it"
+        ) from error
+
+
+def is_first_process() -> bool:
+    """Only the first process prints and writes."""
+    return jax.process_index() == 0
+
+
+def shardings() -> tuple[NamedSharding, NamedSharding]:
+    """How arrays lie on the devices of all processes: whole on each; or with axis 1 cut in shares.
+
+    Axes are said to be automatic, so that XLA finds the sums over all devices that are needed.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
+def refuse_uneven_shares(config: Config) -> None:
+    num_devices, pieces = jax.device_count(), config.num_minibatches
+    if config.batch_size % (num_devices * pieces):
+        minibatches = f" in {pieces} minibatches" if pieces > 1 else ""
+        raise UsageError(
+            f"--batch-size {config.batch_size}{minibatches} cannot be divided among {num_devices}"
+            f" devices; make it a multiple of {num_devices * pieces}"
+        )
+
+
+def stop_together(signals: Sequence[int]) -> tuple[Callable[[], bool], list[int]]:
+    """What to ask after each step and each epoch, whether to go on; and the signal that says no.
+
+    Several processes stop after the same step, as JAX arranges it once one of them gets SIGTERM.
+    """
+    questions, stopped_by = itertools.count(), []
+
+    def go_on() -> bool:
+        if jax.process_count() == 1:
+            stop = len(signals) > 0
+        else:
+            stop = multihost_utils.reached_preemption_sync_point(next(questions))
+        if stop:
+            stopped_by.append(signals[0] if signals else signal.SIGTERM)
+        return not stopped_by
+
+    return go_on, stopped_by
 
 
 # --- Checkpoints ----------------------------------------------------------------------------
@@ -928,16 +1084,17 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     paths = checkpoint_paths(output_dir)
     for damaged in paths[: paths.index(path)]:
         say(f"NOTICE: {damaged} does not match its SHA-256; it is damaged and not used.")
-    for old in paths[paths.index(path) + 2 :]:  # the run was stopped before it removed this one
-        old.unlink()
+    if is_first_process():
+        for old in paths[paths.index(path) + 2 :]:  # the run was stopped before it removed this one
+            old.unlink()
     expected = named_arrays(fresh)
     shapes, expected_shapes = (
         {name: (x.shape, x.dtype) for name, x in each.items()} for each in (arrays, expected)
     )
     if shapes != expected_shapes:
         raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
-    leaves = [jnp.array(arrays[name]) for name in expected]
-    state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+    state = jax.tree.unflatten(jax.tree.structure(fresh), [arrays[name] for name in expected])
+    state = jax.device_put(state, shardings()[0])
     state = state._replace(key=jax.random.wrap_key_data(state.key))
     run = Run(**header["run"])._replace(state=state)
     announce_restored(run, path, header["facts"], facts)
@@ -967,12 +1124,16 @@ def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
     }
 
 
+# Where a run takes place, which decides nothing, or the rounding alone.
+PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
+
+
 def config_to_resume(given: Config, unsaid: Config) -> tuple[Config, str, list[dict[str, Any]]]:
     """The config of the run in given.resume, the name of its data set, its finished epochs.
 
     UsageError if there is no run, if config.json and the newest checkpoint contradict each other,
-    or if a field of given contradicts them, being neither as there nor as in unsaid. Only data_dir
-    may be another, since the place of the data decides nothing.
+    or if a field of given contradicts them, being neither as there nor as in unsaid. Only those of
+    PLACE may be others.
     """
     run_dir = given.resume
     found = newest_checkpoint(run_dir)
@@ -982,7 +1143,7 @@ def config_to_resume(given: Config, unsaid: Config) -> tuple[Config, str, list[d
         raise UsageError(f"--resume {run_dir} is not the directory of a run; name another")
     fields = {name: facts[name] for name in vars(given) if name in facts}
     config = Config(**fields | {"resume": run_dir})
-    for name in vars(given).keys() - {"data_dir"}:
+    for name in vars(given).keys() - PLACE:
         value, said = getattr(config, name), getattr(given, name)
         if said not in (value, getattr(unsaid, name), run_dir):
             raise UsageError(
@@ -994,8 +1155,10 @@ def config_to_resume(given: Config, unsaid: Config) -> tuple[Config, str, list[d
                 f"{run_dir}/config.json has {stored.get(name)} for {name}, and {found[0]}"
                 f" {facts.get(name)}; they are of different runs, or edited: put the right one back"
             )
-    if given.data_dir != unsaid.data_dir or not config.data_dir.exists():
-        config = dataclasses.replace(config, data_dir=given.data_dir)
+    place = {name: getattr(given, name) for name in PLACE}
+    if given.data_dir == unsaid.data_dir and config.data_dir.exists():
+        del place["data_dir"]
+    config = dataclasses.replace(config, **place)
     return config, facts["trained_on"], found[1]["run"]["history"] if found else []
 
 
@@ -1034,13 +1197,17 @@ METRICS = (  # means over the epoch: of rewards over its batches, of the loss ov
 def open_output_dir(config: Config, facts: dict[str, Any]) -> Iterator[Path]:
     """Creates the run's directory with the facts in config.json, or opens the one to resume.
 
-    Keeps other runs out until it is left; the system takes the lock from a process that dies.
-    UsageError if the directory cannot be written, holds another run, or is in use.
+    Only the first process does; to others it yields what they were told. Keeps other runs out until
+    it is left; the system takes the lock from a process that dies. UsageError if the directory
+    cannot be written, holds another run, or is in use.
     """
     default_name = f"{facts['trained_on']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     output_dir = config.resume or config.output_dir or Path("runs", default_name)
     if config.resume is config.output_dir is None and output_dir.exists():  # of the same second
         output_dir = Path(f"{output_dir}-{os.getpid()}")
+    if not is_first_process():
+        yield output_dir
+        return
     said = f"{'--resume' if config.resume else '--output-dir'} {output_dir}"
     try:
         refuse_another_run(config, output_dir)
@@ -1127,6 +1294,8 @@ def over_seeds(by_seed: dict[str, np.ndarray]) -> dict[str, Any]:
     figures = {name: values.mean().item() for name, values in by_seed.items()}
     num_seeds = len(by_seed["accuracy"])
     if num_seeds > 1:
+        from scipy.special import stdtrit
+
         factor = stdtrit(num_seeds - 1, 0.975) / math.sqrt(num_seeds)
         figures["interval_95"] = {
             name: (factor * values.std(ddof=1)).item() for name, values in by_seed.items()
@@ -1159,7 +1328,7 @@ def write_history(history: list[dict[str, Any]], output_dir: Path) -> None:
 
 def summarize_run(run: Run, config: Config, dataset: Dataset, seconds: float) -> dict[str, Any]:
     """What summary.json holds; the seconds are those of the whole run."""
-    actor, last = run.state.networks.actor, run.history[-1]
+    actor, last = jax.device_get(run.state.networks.actor), run.history[-1]
     names = ("accuracy", "test_accuracy", "interval_95", "by_seed")
     figures = {"dataset": dataset.name, "num_epochs": config.num_epochs}
     figures |= {name: last[name] for name in names if name in last}
@@ -1250,8 +1419,8 @@ def params_sha256(actor: Actor) -> str:
 def progress_bar(num_steps: int, done: int) -> Iterator[Callable[[], None]]:
     """Yields what to call after each step; draws on a terminal, and nothing into a pipe."""
     columns = TextColumn("Training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    piped = sys.stdout is None or not sys.stdout.isatty()
-    with Progress(*columns, transient=True, refresh_per_second=4, disable=piped) as progress:
+    seen = is_first_process() and sys.stdout is not None and sys.stdout.isatty()
+    with Progress(*columns, transient=True, refresh_per_second=4, disable=not seen) as progress:
         task = progress.add_task("", total=num_steps, completed=done)
         yield lambda: progress.advance(task)
 
@@ -1262,15 +1431,10 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_devices() -> str:
-    """Such as "1 x cpu"; UsageError if the environment asks for a device that is not there."""
-    try:
-        devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        platforms = os.environ.get("JAX_PLATFORMS")
-        raise UsageError(
-            f"JAX finds no device with JAX_PLATFORMS={platforms}; unset it, or install JAX for it"
-        ) from error
-    return f"{len(devices)} x {devices[0].device_kind}"
+    """Such as "1 x cpu", or "4 x cpu of 2 processes"."""
+    devices, processes = find_devices(), jax.process_count()
+    together = f" of {processes} processes" if processes > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind}{together}"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -1280,8 +1444,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_file(path: Path, *chunks: Any) -> None:
     """Writes a file whole or not at all, and on the disk before it returns.
 
-    Under another name first, so that its content is there before its name is.
+    Under another name first, so that its content is there before its name is. Of several processes,
+    only the first does.
     """
+    if not is_first_process():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -1308,7 +1475,8 @@ def sync_directory(path: Path) -> None:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    if is_first_process():
+        print(line, flush=True)
 
 
 # --- main: flags in, exit status out --------------------------------------------------------
@@ -1322,10 +1490,18 @@ def main(argv: list[str] | None = None) -> int:
         if signals:  # a second one does not wait for the step
             stop_at_once(number, frame)
         signals.append(number)
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
     try:
-        train(parse_flags(argv), signals)
+        config = parse_flags(argv)
+        join_processes(config)
+        # With several processes JAX watches for SIGTERM itself, and tells the others.
+        joined = jax.distributed.is_initialized()
+        for number in (signal.SIGINT,) if joined else (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+        train(config, signals)
         return 0
     except Interrupted as interruption:
         number, run_dir = interruption.args
@@ -1341,6 +1517,8 @@ def main(argv: list[str] | None = None) -> int:
         return complain(error, status=1)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         remedy = "if memory ran out, lower --batch-size or --num-generations"
+        if jax.distributed.is_initialized():
+            remedy += "; if another process has ended, start all of them again, with --resume"
         return complain(f"{first_line(error)}; {remedy}", status=1)
     finally:
         for number, handler in before.items():
@@ -1382,4 +1560,7 @@ def first_line(error: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and jax.distributed.is_initialized():
+        os._exit(status)  # without waiting for the other processes, which wait for this one
+    sys.exit(status)

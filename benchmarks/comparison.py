@@ -99,8 +99,7 @@ def supervise(name, changes, dataset):
     config = grpo_mnist.Config(num_iterations=1, num_seeds=NUM_SEEDS, **changes)
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
     optimizer = grpo_mnist.create_optimizer(config, num_steps)
-    state, _, predict_all = grpo_mnist.prepare(config, num_steps)
-    actor = state.networks.actor
+    actor = grpo_mnist.create_state(config).networks.actor
 
     def loss_fn(actor, images, labels):
         log_probs = actor(images.astype(jnp.float32) / 255).log_prob(labels)
@@ -120,7 +119,7 @@ def supervise(name, changes, dataset):
         for images, labels in grpo_mnist.batches(dataset, config, epoch):
             actor, adam, accuracy = step(actor, adam, images, labels)
             accuracies.append(accuracy)
-        answers, _ = predict_all(actor, dataset.test_images)
+        answers, _ = grpo_mnist.predict_all(actor, dataset.test_images)
         by_seed = {
             "accuracy": np.mean(jax.device_get(accuracies), axis=0),
             "test_accuracy": np.mean(np.asarray(answers) == dataset.test_labels, axis=1),
@@ -136,14 +135,16 @@ def time_epochs(commands, dataset):
     for flags in commands:
         config = grpo_mnist.parse_flags(shlex.split(flags))
         steps = len(dataset.train_images) // config.batch_size
-        state, step, _ = grpo_mnist.prepare(config, (TIMED_EPOCHS + 1) * steps)
+        state = grpo_mnist.create_state(config)
+        first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+        step = grpo_mnist.compile_step(state, first_batch, config, (TIMED_EPOCHS + 1) * steps)
         runners[flags] = [state, step, config]
     seconds = {flags: [] for flags in commands}
-    for epoch in range(1, TIMED_EPOCHS + 2):  # the first, which compiles, is not counted
+    for epoch in range(1, TIMED_EPOCHS + 2):  # the first is not counted
         for flags, runner in runners.items():
             state, step, config = runner
             stream = grpo_mnist.batches(dataset, config, epoch)
-            runner[0], _, taken = grpo_mnist.stream_batches(step, state, stream, lambda: None)
+            runner[0], _, taken = grpo_mnist.stream_batches(step, state, stream)
             if epoch > 1:
                 seconds[flags].append(taken)
     return seconds

@@ -25,13 +25,14 @@ EPOCHS = 100  # more than are run, for the schedules of the learning rate
 
 def prepare_ours(dataset, config):
     """The trainer's own main loop, with nothing but the reporting left out."""
-    state, step, _ = grpo_mnist.prepare(config, EPOCHS * STEPS)
-    step = step.lower(state, *next(grpo_mnist.batches(dataset, config, epoch=1))).compile()
+    state = grpo_mnist.create_state(config)
+    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+    step = grpo_mnist.compile_step(state, first_batch, config, EPOCHS * STEPS)
 
     def run_epoch(epoch):
         nonlocal state
         batches = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches, lambda: None)
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches)
         return grpo_mnist.average_over_steps(step_metrics)["accuracy"].item()
 
     return run_epoch

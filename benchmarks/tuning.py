@@ -58,14 +58,16 @@ def try_out(flags, dataset):
     """A candidate: the accuracy of its sampled answers by epoch, and on the held-out images."""
     config = grpo_mnist.parse_flags([*shlex.split(flags), f"--num-seeds={NUM_SEEDS}"])
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
-    state, step, predict_all = grpo_mnist.prepare(config, num_steps)
+    state = grpo_mnist.create_state(config)
+    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+    step = grpo_mnist.compile_step(state, first_batch, config, num_steps)
     accuracies = []
     for epoch in range(1, config.num_epochs + 1):
         stream = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, stream, lambda: None)
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, stream)
         metrics = grpo_mnist.average_over_steps(step_metrics)
         accuracies.append(float(metrics["accuracy"].mean()))
-    answers, _ = predict_all(state.networks.actor, dataset.test_images)
+    answers, _ = grpo_mnist.predict_all(state.networks.actor, dataset.test_images)
     held_out_accuracy = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
     print(
         f"held out {held_out_accuracy.mean():.4f}, sampled in epoch 5 {accuracies[4]:.4f}: {flags}",

@@ -114,16 +114,23 @@ def tree(directory):
     return sorted(str(path.relative_to(directory)) for path in Path(directory).rglob("*"))
 
 
+def state_and_step(dataset, config, num_steps=100):
+    """As the main loop makes them."""
+    state = grpo_mnist.create_state(config)
+    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+    return state, grpo_mnist.compile_step(state, first_batch, config, num_steps)
+
+
 def train_in_memory(dataset, config):
     """The main loop's own functions, without the printing and the files."""
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
-    state, step, predict_all = grpo_mnist.prepare(config, num_steps)
+    state, step = state_and_step(dataset, config, num_steps)
     history = []
     for epoch in range(1, config.num_epochs + 1):
         batches = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches, lambda: None)
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches)
         metrics = grpo_mnist.average_over_steps(step_metrics)
-        answers, _ = predict_all(state.networks.actor, dataset.test_images)
+        answers, _ = grpo_mnist.predict_all(state.networks.actor, dataset.test_images)
         metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
         history.append(grpo_mnist.over_seeds(metrics))
     return history

@@ -650,7 +650,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
 
     batch = (images, actions, old_log_probs, right, advantages, log_p)
     for _ in range(config.num_iterations):
-        for piece in np.split(np.arange(B), M):
+        for piece in np.arange(B).reshape(-1, M).T:
             learner.update(*(array[piece] for array in batch))
     learner.actor.assert_close_to(step.after.networks.actor)
     assert (learner.critic is None) == (step.after.networks.critic is None)

@@ -262,7 +262,7 @@ def test_a_run_that_is_stopped_after_any_step_goes_on_bit_for_bit(tmp_path, caps
     stopped = dataclasses.replace(config, output_dir=tmp_path / "stopped")
     resumed = Config(resume=tmp_path / "stopped")
     kept = []
-    for signals in (StopAfter(1), StopAfter(2), StopAfter(1), StopAfter(5)):
+    for signals in (StopAfter(2), StopAfter(3), StopAfter(2), StopAfter(6)):
         with pytest.raises(Interrupted):
             grpo_mnist.train(resumed if kept else stopped, signals)
         kept.append(tree(tmp_path / "stopped" / "checkpoints"))
