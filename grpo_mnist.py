@@ -730,6 +730,7 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
         )
     num_steps = config.num_epochs * steps_per_epoch
     facts = describe_run(config, dataset)
+    refuse_different_runs(facts)
     with open_output_dir(config, facts) as output_dir:
         announce(config, dataset, state, output_dir)
         run, newest = restore(output_dir, state, facts)
@@ -919,6 +920,9 @@ def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) 
 
 # --- Devices and processes ------------------------------------------------------------------
 
+# Where a run takes place, which decides nothing, or the rounding alone.
+PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
+
 
 def join_processes(config: Config) -> None:
     """Makes the processes of several hosts one run, by the flags or as JAX finds a cluster out.
@@ -940,6 +944,8 @@ def join_processes(config: Config) -> None:
             f"not all of the {config.num_processes} processes have come to"
             f" {config.coordinator_address} in 2 minutes; see what they say, and start them again"
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(f"the processes did not meet: {first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         if several:
             raise UsageError(
@@ -983,6 +989,20 @@ def refuse_uneven_shares(config: Config) -> None:
         )
 
 
+def refuse_different_runs(facts: dict[str, Any]) -> None:
+    """RunError if the first process has other flags, other data, or another program than this."""
+    own = PLACE | {"cores", "output_dir", "resume"}
+    same = json.dumps({name: value for name, value in facts.items() if name not in own})
+    digest = np.frombuffer(hashlib.sha256(same.encode()).digest(), np.uint8)
+    try:
+        multihost_utils.assert_equal(digest)
+    except AssertionError as error:
+        raise RunError(
+            f"process {jax.process_index()} has other flags, data ({facts['trained_on']}), program"
+            " or versions than process 0; start all with the same"
+        ) from error
+
+
 def stop_together(signals: Sequence[int]) -> tuple[Callable[[], bool], list[int]]:
     """What to ask after each step and each epoch, whether to go on; and the signal that says no.
 
@@ -991,10 +1011,10 @@ def stop_together(signals: Sequence[int]) -> tuple[Callable[[], bool], list[int]
     questions, stopped_by = itertools.count(), []
 
     def go_on() -> bool:
-        if jax.process_count() == 1:
-            stop = len(signals) > 0
-        else:
+        if jax.distributed.is_initialized():
             stop = multihost_utils.reached_preemption_sync_point(next(questions))
+        else:
+            stop = len(signals) > 0
         if stop:
             stopped_by.append(signals[0] if signals else signal.SIGTERM)
         return not stopped_by
@@ -1118,10 +1138,6 @@ def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree.leaves_with_path(state)
     }
-
-
-# Where a run takes place, which decides nothing, or the rounding alone.
-PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
 
 
 def config_to_resume(given: Config, unsaid: Config) -> tuple[Config, str, list[dict[str, Any]]]:
@@ -1502,8 +1518,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as interruption:
         number, run_dir = interruption.args
         command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
-        reason = f"stopped by {signal.Signals(number).name}; go on with: {command}"
-        return complain(reason, status=128 + number)
+        further = f"go on with: {command}" if is_first_process() else "so did the others"
+        return complain(f"stopped by {signal.Signals(number).name}; {further}", 128 + number)
     except UsageError as error:
         return complain(error, status=2)
     except BrokenPipeError as error:  # the reader of our output has gone, as `| head` does

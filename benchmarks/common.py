@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,46 @@ def describe_machine():
         "system": f"{platform.system()} {platform.machine()}",
         "versions": grpo_mnist.library_versions(),
     }
+
+
+def prepare_ours(dataset, config, num_epochs):
+    """The trainer's own main loop, with nothing but the reporting left out: runs an epoch."""
+    state = grpo_mnist.create_state(config)
+    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+    num_steps = num_epochs * (len(dataset.train_images) // config.batch_size)
+    step = grpo_mnist.compile_step(state, first_batch, config, num_steps)
+
+    def run_epoch(epoch):
+        nonlocal state
+        batches = grpo_mnist.batches(dataset, config, epoch)
+        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches)
+        return grpo_mnist.average_over_steps(step_metrics)["accuracy"].mean().item()
+
+    return run_epoch
+
+
+def work(run_epoch):
+    """The life of a worker: an epoch for every line that it is sent."""
+    for epoch, _ in enumerate(sys.stdin, start=1):
+        began = time.perf_counter()
+        accuracy = run_epoch(epoch)
+        print(time.perf_counter() - began, accuracy, flush=True)
+
+
+def start_worker(command):
+    """A process that works, to be given its turns."""
+    return subprocess.Popen(
+        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def take_turn(worker):
+    """Lets a worker run an epoch: its seconds and accuracy."""
+    worker.stdin.write("epoch\n")
+    worker.stdin.flush()
+    seconds, accuracy = map(float, worker.stdout.readline().split())
+    time.sleep(0.3)  # for threads that spin a while after their work
+    return seconds, accuracy
 
 
 def spread(values):

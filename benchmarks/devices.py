@@ -11,6 +11,8 @@ the digits: how soon the others stop, what they say, and whether the run, starte
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -25,20 +27,35 @@ import jax
 import numpy as np
 from common import ROOT, grpo_mnist, spread, write_results
 
-LAYOUTS = ((1, 1), (2, 1), (8, 1), (2, 2), (4, 4))  # devices in all, processes
+LAYOUTS = ((2, 1), (8, 1), (2, 2), (4, 4))  # devices in all, processes
 VICTIMS = ((2, 1), (2, 0), (4, 3), (4, 0))  # processes, the one that is killed
 FLAGS = ("--dataset=digits", "--num-epochs=3", "--output-dir=run")
 
 
-def record(dataset_name, data_dir, num_steps, path, flags):
+def record(dataset_name, data_dir, num_seeds, num_steps, path, flags):
     """A process of a run: samples as the step will, then takes it; the first one writes it down."""
-    config = grpo_mnist.parse_flags(flags)
-    grpo_mnist.join_processes(config)
+    given = grpo_mnist.parse_flags(flags)
+    grpo_mnist.join_processes(given)
     dataset = grpo_mnist.load_dataset(dataset_name, data_dir)
+    seen = {
+        f"rounds_{rounds}_seed_{seed}_{name}": values
+        for rounds, steps in ((1, 1), (given.num_iterations, num_steps))
+        for seed in range(num_seeds)
+        for name, values in record_steps(
+            dataset, dataclasses.replace(given, num_iterations=rounds, seed=seed), steps
+        ).items()
+    }
+    if jax.process_index() == 0:
+        np.savez(path, **seen)
+
+
+def record_steps(dataset, config, num_steps):
+    """The answers and rewards of steps, their accuracy, and the parameters after the first."""
     steps_per_epoch = len(dataset.train_images) // config.batch_size
     state = grpo_mnist.create_state(config)
-    batches = list(grpo_mnist.batches(dataset, config, epoch=1))[:num_steps]
-    step = grpo_mnist.compile_step(state, batches[0], config, 10 * steps_per_epoch)
+    batches = grpo_mnist.batches(dataset, config, epoch=1)
+    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+    step = grpo_mnist.compile_step(state, first_batch, config, 10 * steps_per_epoch)
     on_each_device, by_image = grpo_mnist.shardings()
     leaves, structure = jax.tree.flatten(state)
 
@@ -50,19 +67,19 @@ def record(dataset_name, data_dir, num_steps, path, flags):
 
     placed = (on_each_device, by_image, by_image)
     sample = jax.jit(sample, in_shardings=placed, out_shardings=on_each_device)
-    actions, rewards, accuracy, parameters = [], [], [], []
-    for batch in batches:
+    seen = {"actions": [], "rewards": [], "accuracy": []}
+    for batch in itertools.islice(batches, num_steps):
         shares = (jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch)
-        for seen, values in zip((actions, rewards), sample(leaves, *shares), strict=True):
-            seen.append(np.asarray(values))
+        actions, rewards = sample(leaves, *shares)
+        seen["actions"].append(np.asarray(actions))
+        seen["rewards"].append(np.asarray(rewards))
         leaves, metrics = step(leaves, *batch)
-        accuracy.append(metrics["accuracy"].item())
-        if not parameters:
+        seen["accuracy"].append(metrics["accuracy"].item())
+        if "parameters" not in seen:
             networks = jax.tree.unflatten(structure, leaves).networks
-            parameters = [np.asarray(x).ravel() for x in jax.tree.leaves(networks)]
-    if jax.process_index() == 0:
-        arrays = {"actions": actions, "rewards": rewards, "accuracy": accuracy}
-        np.savez(path, parameters=np.concatenate(parameters), **arrays)
+            flat = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(networks)]
+            seen["parameters"] = np.concatenate(flat)
+    return seen
 
 
 def environment(devices_each=1):
@@ -71,62 +88,84 @@ def environment(devices_each=1):
     return without_proxies | {"XLA_FLAGS": flag}
 
 
-def start_processes(command, num_processes, directory=None, devices_each=1):
+def start_processes(command, num_processes, directory=None, devices_each=1, own_flags=None):
     """The processes of one run, with the flags that let them meet, and output to read."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    meet = [f"--coordinator-address={address}", f"--num-processes={num_processes}"]
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *(meet if num_processes > 1 else [])]
-            + ([f"--process-id={number}"] if num_processes > 1 else []),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=directory,
-            env=environment(devices_each),
+    processes = []
+    for number in range(num_processes):
+        flags = [f"--coordinator-address={address}", f"--num-processes={num_processes}"]
+        flags = [*flags, f"--process-id={number}"] if num_processes > 1 else []
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command, *flags, *(own_flags[number] if own_flags else ())],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=directory,
+                env=environment(devices_each),
+            )
         )
-        for number in range(num_processes)
-    ]
+    return processes
 
 
-def record_layout(num_devices, num_processes, num_steps, dataset_name, data_dir):
-    """The arrays that record wrote, of a run on so many devices."""
+def record_layout(layout, num_seeds, num_steps, dataset_name, data_dir):
+    """What record has written of runs on so many devices, in so many processes."""
+    num_devices, num_processes = layout
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "run.npz"
-        command = [__file__, "--record", str(path), "--steps", str(num_steps)]
-        command += ["--dataset", dataset_name, "--data-dir", str(data_dir)]
+        command = [__file__, "--record", str(path), "--seeds", str(num_seeds)]
+        command += ["--steps", str(num_steps), "--dataset", dataset_name]
+        command += ["--data-dir", str(data_dir)]
         each = num_devices // num_processes
-        processes = start_processes(command, num_processes, devices_each=each)
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            if process.returncode:
+        for _, errors, status in finish(start_processes(command, num_processes, None, each), 600):
+            if status:
                 raise RuntimeError(errors)
         return dict(np.load(path))
 
 
-def compare(layout, one, other):
-    """A row of the table: what is equal to the run on one device, and how far the rest is off."""
-    differences = np.abs(one["parameters"] - other["parameters"])
-    flipped = (one["actions"] != other["actions"]).sum(axis=(1, 2))
-    (steps_with_flips,) = np.nonzero(flipped)
+def compare(layout, one, other, num_seeds, rounds=4):
+    """A row of the table: what is equal to the runs on one device, and how far the rest is off."""
+
+    def both(name, rounds=rounds):
+        return (
+            np.array([each[f"rounds_{rounds}_seed_{seed}_{name}"] for seed in range(num_seeds)])
+            for each in (one, other)
+        )
+
+    def equal(name):
+        return all(
+            bool((here[:, 0] == there[:, 0]).all())
+            for here, there in (both(name), both(name, rounds=1))
+        )
+
+    def differences(rounds):
+        here, there = both("parameters", rounds)
+        off = np.abs(here - there)
+        return {
+            "largest_by_seed": off.max(axis=1).tolist(),
+            "share_beyond_1e-6_by_seed": (off > 1e-6).mean(axis=1).tolist(),
+        }
+
+    here, there = both("actions")
+    flipped = (here != there).sum(axis=(2, 3))  # (seeds, steps)
+    accuracy, other_accuracy = both("accuracy")
     return {
         "devices": layout[0],
         "processes": layout[1],
         "first_step": {
-            "actions_equal": bool((one["actions"][0] == other["actions"][0]).all()),
-            "rewards_equal": bool((one["rewards"][0] == other["rewards"][0]).all()),
-            "largest_difference": float(differences.max()),
-            "parameters_beyond_1e-6": int((differences > 1e-6).sum()),
-            "parameters": len(differences),
+            "actions_equal": equal("actions"),
+            "rewards_equal": equal("rewards"),
+            "parameters_after_1_round": differences(1),
+            f"parameters_after_{rounds}_rounds": differences(rounds),
         },
         "epoch": {
-            "accuracy": float(other["accuracy"].mean()),
-            "difference": float(other["accuracy"].mean() - one["accuracy"].mean()),
-            "steps": len(flipped),
-            "first_step_with_a_flip": int(steps_with_flips[0]) + 1 if flipped.any() else None,
-            "flipped_answers": int(flipped.sum()),
-            "answers": int(other["actions"].size),
+            "difference_by_seed": (other_accuracy - accuracy).mean(axis=1).tolist(),
+            "steps": flipped.shape[1],
+            "first_step_with_a_flip_by_seed": [
+                int(np.argmax(of_seed > 0)) + 1 if of_seed.any() else None for of_seed in flipped
+            ],
+            "share_of_answers_flipped_by_seed": (flipped.sum(axis=1) / here[0].size).tolist(),
         },
     }
 
@@ -158,9 +197,7 @@ def kill(num_processes, victim, undisturbed):
         ended = finish(processes)
         seconds = time.perf_counter() - began
         others = [each for number, each in enumerate(ended) if number != victim]
-        spoke = [
-            any(line.startswith("grpo_mnist.py: ") for line in e.splitlines()) for _, e, _ in others
-        ]
+        spoke = ["grpo_mnist.py: " in errors for _, errors, _ in others]
         resumed = finish(start_processes([program, "--resume=run"], num_processes, directory))
         same = params_sha256(resumed[0][0]) == undisturbed
         return {
@@ -178,17 +215,21 @@ def main():
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3, help="kills of each victim")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=58, help=argparse.SUPPRESS)
     parser.add_argument("--dataset", default="mnist", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     data_dir = options.data_dir.resolve()
     if options.record:
-        record(options.dataset, data_dir, options.steps, options.record, flags)
+        size = options.seeds, options.steps
+        record(options.dataset, data_dir, *size, options.record, flags)
         return
-    runs = {layout: record_layout(*layout, 58, "mnist", data_dir) for layout in LAYOUTS}
-    rows = [compare(layout, runs[1, 1], runs[layout]) for layout in LAYOUTS]
-    for row in rows:
-        print(row, flush=True)
+    rows = []
+    what = options.seeds, options.steps, options.dataset, data_dir
+    alone = record_layout((1, 1), *what)
+    for layout in LAYOUTS:
+        rows.append(compare(layout, alone, record_layout(layout, *what), options.seeds))
+        print(rows[-1], flush=True)
     program = str(ROOT / "grpo_mnist.py")
     deaths = []
     undisturbed = {}

@@ -1,10 +1,14 @@
-"""An epoch of this trainer, of the same algorithm in PyTorch, and of its bare matrix products.
+"""How fast: an epoch, a whole run, the first step, beside what they could be compared with.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --data-dir DIR
 
-Each contestant is a process of its own that runs one epoch when told to; they take turns, so
-that whatever else the machine does falls on all of them. Writes results/speed.json.
+An epoch of this trainer, of its bare matrix products, of the same algorithm in PyTorch
+(pytorch_grpo.py), and of the same network without jit: each contestant is a process of its own that
+runs one epoch when told to. Whole programs, from their start to the line that says that training is
+completed, and to the end of their first step, without any compilation cache. All take turns, round
+by round, so that whatever else the machine does falls on all of them; the first round is not
+counted. The four MNIST files are expected in DIR/downloads/manual. Writes results/speed.json.
 """
 
 import argparse
@@ -12,30 +16,25 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-from common import grpo_mnist, spread, write_results
+from common import (
+    ROOT,
+    grpo_mnist,
+    prepare_ours,
+    spread,
+    start_worker,
+    take_turn,
+    work,
+    write_results,
+)
 
-CONTESTANTS = ("ours", "products", "pytorch", "pytorch, indexed")
+CONTESTANTS = ("ours", "products", "pytorch", "pytorch, indexed", "without jit")
 STEPS = 58  # of 1,024 images: an epoch of MNIST
 EPOCHS = 100  # more than are run, for the schedules of the learning rate
-
-
-def prepare_ours(dataset, config):
-    """The trainer's own main loop, with nothing but the reporting left out."""
-    state = grpo_mnist.create_state(config)
-    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
-    step = grpo_mnist.compile_step(state, first_batch, config, EPOCHS * STEPS)
-
-    def run_epoch(epoch):
-        nonlocal state
-        batches = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches)
-        return grpo_mnist.average_over_steps(step_metrics)["accuracy"].item()
-
-    return run_epoch
 
 
 def prepare_products(dataset, config):
@@ -83,139 +82,199 @@ def prepare_products(dataset, config):
     return run_epoch
 
 
-def prepare_pytorch(dataset, config, loader=True):
-    """The same algorithm, network and data in PyTorch.
+def prepare_without_jit(dataset, config):
+    """The way a first attempt looks: NNX, and every operation by itself."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
 
-    With a DataLoader, as its tutorials do it; or without, with the batches indexed out of one
-    tensor as this trainer does it.
-    """
-    import torch
-    from torch import nn
-    from torch.utils.data import DataLoader, TensorDataset
+    actor = grpo_mnist.Actor(784, 10, rngs=nnx.Rngs(0))
+    num_updates = EPOCHS * STEPS * config.num_iterations
+    schedule = optax.cosine_decay_schedule(config.learning_rate, num_updates)
+    optimizer = nnx.Optimizer(actor, optax.adam(schedule), wrt=nnx.Param)
+    rngs = nnx.Rngs(1)
 
-    torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    all_images = torch.from_numpy(dataset.train_images.copy())
-    all_labels = torch.from_numpy(dataset.train_labels)
-    actor = nn.Sequential(
-        nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-    )
-    optimizer = torch.optim.Adam(actor.parameters(), lr=config.learning_rate)
-    updates = EPOCHS * STEPS * config.num_iterations
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    low, high = 1 - config.clip_epsilon, 1 + config.upper_clip_epsilon
-
-    def indexed_batches():
-        order = torch.randperm(len(all_images))
-        for start in range(0, STEPS * config.batch_size, config.batch_size):
-            chosen = order[start : start + config.batch_size]
-            yield all_images[chosen], all_labels[chosen]
-
-    def loaded_batches():
-        pairs = TensorDataset(all_images, all_labels)
-        return DataLoader(pairs, batch_size=config.batch_size, shuffle=True, drop_last=True)
-
-    def policy_for(images):
-        return torch.distributions.Categorical(logits=actor(images))
+    def loss_fn(actor, images, actions, old_log_probs, advantages):
+        ratio = jnp.exp(actor(images).log_prob(actions) - old_log_probs)
+        clipped_ratio = jnp.clip(ratio, 1 - config.clip_epsilon, 1 + config.clip_epsilon)
+        return -jnp.minimum(advantages * ratio, advantages * clipped_ratio).mean()
 
     def run_epoch(epoch):
-        rewarded = torch.zeros(())
-        for images, labels in loaded_batches() if loader else indexed_batches():
-            images = images.float() / 255
-            with torch.no_grad():
-                policy = policy_for(images)
-                actions = policy.sample()
-                old_log_probs = policy.log_prob(actions)
-                rewards = (actions == labels).float()
-                deviation = rewards.std(unbiased=False)
-                advantages = (rewards - rewards.mean()) / (deviation + 1e-8)
-                rewarded += rewards.mean()
+        accuracies = []
+        for (images,), (labels,) in grpo_mnist.batches(dataset, config, epoch):
+            images = jnp.asarray(images, jnp.float32) / 255
+            policy = actor(images)
+            actions = policy.sample(seed=rngs())
+            old_log_probs = policy.log_prob(actions)
+            rewards = (actions == labels).astype(jnp.float32)
+            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
             for _ in range(config.num_iterations):
-                ratio = torch.exp(policy_for(images).log_prob(actions) - old_log_probs)
-                clipped_ratio = ratio.clamp(low, high)
-                loss = -torch.minimum(advantages * ratio, advantages * clipped_ratio).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-        return float(rewarded) / STEPS
+                learned = images, actions, old_log_probs, advantages
+                optimizer.update(actor, nnx.grad(loss_fn)(actor, *learned))
+            accuracies.append(rewards.mean())
+        return float(jax.block_until_ready(sum(accuracies))) / len(accuracies)
 
     return run_epoch
 
 
-def work(contestant, num_iterations, data_dir):
-    """A contestant: prepares, and then runs an epoch for every line that it is sent."""
+def prepare_pytorch(dataset, config, indexed=False):
+    import torch
+    from pytorch_grpo import Learner
+
+    images, labels = torch.from_numpy(dataset.train_images.copy()), dataset.train_labels
+    learner = Learner(images, torch.from_numpy(labels), EPOCHS, config.num_iterations, indexed)
+    return lambda epoch: learner.train_epoch()
+
+
+def run_worker(contestant, num_iterations, data_dir):
     config = grpo_mnist.Config(num_iterations=num_iterations)
     dataset = grpo_mnist.load_dataset("mnist", data_dir)
     prepare = {
-        "ours": prepare_ours,
+        "ours": functools.partial(prepare_ours, num_epochs=EPOCHS),
         "products": prepare_products,
         "pytorch": prepare_pytorch,
-        "pytorch, indexed": functools.partial(prepare_pytorch, loader=False),
+        "pytorch, indexed": functools.partial(prepare_pytorch, indexed=True),
+        "without jit": prepare_without_jit,
     }
-    run_epoch = prepare[contestant](dataset, config)
-    for epoch, _ in enumerate(sys.stdin, start=1):
+    work(prepare[contestant](dataset, config))
+
+
+def run_one_step(data_dir):
+    """The program itself, up to the end of its first step."""
+
+    def one_step(step, state, stream, *_):
+        import jax
+
+        _, metrics = step(jax.tree.leaves(state), *next(stream))
+        print(f"First step: {metrics['accuracy'].item():.2%}", flush=True)
+        os._exit(0)
+
+    grpo_mnist.stream_batches = one_step
+    with tempfile.TemporaryDirectory() as directory:
+        grpo_mnist.main([f"--data-dir={data_dir}", f"--output-dir={directory}/run"])
+
+
+def time_program(command, line_begins):
+    """Seconds from the start to the line, seconds to the end, and the peak memory in MB."""
+    with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
-        accuracy = run_epoch(epoch)
-        print(time.perf_counter() - began, accuracy, flush=True)
-
-
-def measure(num_iterations, repeats, data_dir):
-    """Lets the contestants take turns; the first epoch of each is not counted."""
-    workers = {}
-    for contestant in CONTESTANTS:
-        flags = ["--worker", contestant, "--num-iterations", str(num_iterations)]
-        command = [sys.executable, __file__, *flags, "--data-dir", str(data_dir)]
-        workers[contestant] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, text=True, cwd=directory
         )
-    seconds = {contestant: [] for contestant in CONTESTANTS}
+        for line in process.stdout:
+            if line.startswith(line_begins):
+                to_line = time.perf_counter() - began
+        _, status, usage = os.wait4(process.pid, 0)
+        to_end = time.perf_counter() - began
+        if status:
+            raise RuntimeError(f"{command} failed")
+    return {"seconds": to_line, "seconds_to_end": to_end, "megabytes": usage.ru_maxrss * 1024 / 1e6}
+
+
+def programs(data_dir):
+    """Whole runs and first steps: name, command, the line to wait for."""
+    at, completed, first = (
+        ["--data-dir", str(data_dir)],
+        "--- Training completed! ---",
+        "First step:",
+    )
+    pytorch = [str(ROOT / "benchmarks" / "pytorch_grpo.py"), *at]
+    return {
+        "whole run": {
+            "ours": ([str(ROOT / "grpo_mnist.py"), *at], completed),
+            "pytorch": (pytorch, completed),
+            "pytorch, indexed": ([*pytorch, "--indexed"], completed),
+        },
+        "first step": {
+            "ours": ([__file__, *at, "--one-step"], first),
+            "pytorch": ([*pytorch, "--one-step"], first),
+        },
+    }
+
+
+def ratios(by_contestant):
+    """Ours to each other one, round by round."""
+    ours = by_contestant["ours"]
+    return {
+        f"ours / {name}": spread([one / other for one, other in zip(ours, values, strict=True)])
+        for name, values in by_contestant.items()
+        if name != "ours"
+    }
+
+
+def measure(repeats, data_dir):
+    """Rounds in which everything has its turn."""
+    workers = {}
+    for num_iterations in (4, 1):
+        for contestant in CONTESTANTS:
+            flags = ["--worker", contestant, "--num-iterations", str(num_iterations)]
+            command = [__file__, *flags, "--data-dir", str(data_dir)]
+            workers[num_iterations, contestant] = start_worker(command)
+    seconds = {key: [] for key in workers}
     accuracy = {}
-    for _ in range(repeats + 1):
-        for contestant, worker in workers.items():
-            worker.stdin.write("epoch\n")
-            worker.stdin.flush()
-            taken, accuracy[contestant] = map(float, worker.stdout.readline().split())
-            seconds[contestant].append(taken)
-            time.sleep(0.3)  # for threads that spin a while after their work
+    whole = {kind: {name: [] for name in each} for kind, each in programs(data_dir).items()}
+    for turn in range(repeats + 1):
+        for key, worker in workers.items():
+            taken, accuracy[key] = take_turn(worker)
+            seconds[key].append(taken)
+        for kind, each in programs(data_dir).items():
+            for name, (command, line) in each.items():
+                whole[kind][name].append(time_program(command, line))
+        print(f"round {turn} of {repeats}", flush=True)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    counted = {contestant: taken[1:] for contestant, taken in seconds.items()}
-    ratios = {}
-    for other in CONTESTANTS[1:]:
-        pairs = zip(counted["ours"], counted[other], strict=True)
-        ratios[f"ours / {other}"] = spread([ours / theirs for ours, theirs in pairs])
-    return {
-        "num_iterations": num_iterations,
-        "epoch_seconds": {name: spread(taken) for name, taken in counted.items()},
-        "ratios": ratios,
-        "accuracy_of_last_epoch": {
-            name: accuracy[name] for name in CONTESTANTS if name != "products"
-        },
-    }
+    rows = []
+    for num_iterations in (4, 1):
+        counted = {name: seconds[num_iterations, name][1:] for name in CONTESTANTS}
+        rows.append(
+            {
+                "num_iterations": num_iterations,
+                "epoch_seconds": {name: spread(taken) for name, taken in counted.items()},
+                "ratios": ratios(counted),
+                "accuracy_of_last_epoch": {
+                    name: accuracy[num_iterations, name]
+                    for name in CONTESTANTS
+                    if name != "products"
+                },
+            }
+        )
+    results = {"rows": rows}
+    for kind, each in whole.items():
+        counted = {name: [run["seconds"] for run in runs[1:]] for name, runs in each.items()}
+        results[kind.replace(" ", "_")] = {
+            "seconds": {name: spread(taken) for name, taken in counted.items()},
+            "ratios": ratios(counted),
+            "megabytes": {
+                name: spread([run["megabytes"] for run in runs[1:]]) for name, runs in each.items()
+            },
+        }
+    return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--one-step", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--num-iterations", type=int, default=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    data_dir = options.data_dir.resolve()
     if options.worker:
-        work(options.worker, options.num_iterations, options.data_dir)
+        run_worker(options.worker, options.num_iterations, data_dir)
         return
-    rows = []
-    for num_iterations in (4, 1):
-        row = measure(num_iterations, options.repeats, options.data_dir.resolve())
-        rows.append(row)
-        print(f"K = {num_iterations}")
-        for name, figure in (row["epoch_seconds"] | row["ratios"]).items():
-            print(
-                f"  {name:24} {figure['median']:.3f} ({figure['min']:.3f} to {figure['max']:.3f})"
-            )
-    write_results("speed", {"pytorch": version("torch"), "rows": rows})
+    if options.one_step:
+        run_one_step(data_dir)
+        return
+    results = measure(options.repeats, data_dir)
+    device = {"device": grpo_mnist.describe_devices(), "pytorch": version("torch")}
+    for name in ("whole_run", "first_step"):
+        print(name, results[name]["ratios"])
+    for row in results["rows"]:
+        print(row["num_iterations"], row["epoch_seconds"], row["ratios"])
+    write_results("speed", device | results)
 
 
 if __name__ == "__main__":

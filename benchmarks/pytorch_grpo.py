@@ -1,0 +1,118 @@
+"""The algorithm of grpo_mnist.py in PyTorch, as PyTorch is usually written: what to compare with.
+
+    python benchmarks/pytorch_grpo.py --data-dir DIR
+
+The same network, data, defaults and update, with a DataLoader, or with --indexed with the batches
+indexed out of one tensor. A program of its own, which imports nothing of JAX, prints a line per
+epoch, and evaluates the test images as the other does; it writes nothing. The four MNIST files are
+expected in DIR/downloads/manual.
+"""
+
+import argparse
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+BATCH_SIZE, CLIP_EPSILON, LEARNING_RATE = 1024, 0.2, 3e-3
+
+
+def read(data_dir, name, skip):
+    """An IDX file without the header's first bytes."""
+    content = gzip.decompress(Path(data_dir, "downloads", "manual", f"{name}.gz").read_bytes())
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=skip).copy())
+
+
+def read_mnist(data_dir, part):
+    images = read(data_dir, f"{part}-images-idx3-ubyte", 16).reshape(-1, 784)
+    return images, read(data_dir, f"{part}-labels-idx1-ubyte", 8).to(torch.int32)
+
+
+class Learner:
+    """The actor, its optimizer, and an epoch of training."""
+
+    def __init__(self, images, labels, num_epochs, num_iterations, indexed):
+        torch.manual_seed(0)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.images, self.labels = images, labels
+        self.num_iterations, self.indexed = num_iterations, indexed
+        self.steps = len(images) // BATCH_SIZE
+        self.actor = nn.Sequential(
+            nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        ).to(self.device)
+        self.optimizer = torch.optim.Adam(self.actor.parameters(), lr=LEARNING_RATE)
+        num_updates = num_epochs * self.steps * num_iterations
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_updates)
+
+    def batches(self):
+        if not self.indexed:
+            pairs = TensorDataset(self.images, self.labels)
+            yield from DataLoader(pairs, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
+            return
+        order = torch.randperm(len(self.images))
+        for start in range(0, self.steps * BATCH_SIZE, BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
+            yield self.images[chosen], self.labels[chosen]
+
+    def policy(self, images):
+        return torch.distributions.Categorical(logits=self.actor(images))
+
+    def step(self, images, labels):
+        """One batch; the mean reward, left on the device."""
+        images, labels = images.to(self.device).float() / 255, labels.to(self.device)
+        with torch.no_grad():
+            policy = self.policy(images)
+            actions = policy.sample()
+            old_log_probs = policy.log_prob(actions)
+            rewards = (actions == labels).float()
+            advantages = (rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-8)
+        for _ in range(self.num_iterations):
+            ratio = torch.exp(self.policy(images).log_prob(actions) - old_log_probs)
+            clipped_ratio = ratio.clamp(1 - CLIP_EPSILON, 1 + CLIP_EPSILON)
+            loss = -torch.minimum(advantages * ratio, advantages * clipped_ratio).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+        return rewards.mean()
+
+    def train_epoch(self):
+        """The mean reward of an epoch."""
+        rewarded = torch.zeros((), device=self.device)
+        for images, labels in self.batches():
+            rewarded += self.step(images, labels)
+        return rewarded.item() / self.steps
+
+    def accuracy(self, images, labels):
+        with torch.no_grad():
+            answers = self.actor(images.to(self.device).float() / 255).argmax(dim=1)
+        return (answers == labels.to(self.device)).float().mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--num-epochs", type=int, default=10)
+    parser.add_argument("--num-iterations", type=int, default=4)
+    parser.add_argument("--indexed", action="store_true", help="batches without a DataLoader")
+    parser.add_argument("--one-step", action="store_true", help="end after the first step")
+    options = parser.parse_args()
+    train, test = (read_mnist(options.data_dir, part) for part in ("train", "t10k"))
+    learner = Learner(*train, options.num_epochs, options.num_iterations, options.indexed)
+    if options.one_step:
+        print(f"First step: {learner.step(*next(learner.batches())).item():.2%}", flush=True)
+        return
+    for epoch in range(1, options.num_epochs + 1):
+        accuracy, test_accuracy = learner.train_epoch(), learner.accuracy(*test)
+        accuracies = f"Accuracy: {accuracy:.2%}, test {test_accuracy:.2%}"
+        print(f"Epoch {epoch}/{options.num_epochs}, {accuracies}", flush=True)
+    print("--- Training completed! ---", flush=True)
+
+
+if __name__ == "__main__":
+    main()
