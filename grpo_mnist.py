@@ -24,7 +24,7 @@ section 4.1), and why:
     python grpo_mnist.py --num-generations 8 --num-iterations 8 --learning-rate 2e-3
 
 The defaults, 10 epochs of MNIST on two CPU cores: in the last epoch 97.8% of the sampled answers
-are right, and then 97.2% of the test images, after 16 s in all (medians of five seeds;
+are right, and then 97.2% of the test images, after 15 s in all (medians of five seeds;
 benchmarks/results/accuracy.json).
 """
 
@@ -47,9 +47,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -114,7 +116,7 @@ class Config:
     batch_size: int = 1024  # B, images per step; by default the group is all their answers.
     num_generations: int = 1  # G, answers sampled per image.
     num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
-    num_minibatches: int = 1  # Pieces that each round is cut into, the same ones; an update each.
+    num_minibatches: int = 1  # Minibatches per round, the same in each; one Adam update each.
     learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
     clip_epsilon: float = 0.2  # PPO's epsilon: beyond 1 +- epsilon, a ratio gains nothing more.
@@ -137,7 +139,7 @@ class Config:
     # Continue the run in this directory; its own config holds, and other flags may not contradict.
     resume: Path | None = None
     # Several hosts: host:port of process 0, how many processes there are, and which one this is,
-    # from 0. On clusters that JAX knows, such as Slurm's, it finds out for itself.
+    # from 0. On clusters that JAX knows, such as Slurm's, it finds out; 1 process then runs alone.
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -149,8 +151,8 @@ class Config:
                 object.__setattr__(self, field.name, Path(os.path.expanduser(value)))
             elif not has_type(value, field.type):
                 raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
-        for name, allowed, rule in () if self.resume else self.rules():
-            if not allowed:
+        for name, allowed, rule in self.rules():
+            if not allowed and (name in PLACE or not self.resume):
                 raise UsageError(f"{flag(name)} {getattr(self, name)} must be {rule}")
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
@@ -206,6 +208,10 @@ class Config:
     def upper_clip_epsilon(self) -> float:
         """clip_epsilon_high, or clip_epsilon where that is None."""
         return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
+
+
+# Fields that may be others when a run is resumed: its place affects the rounding at most.
+PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
 
 
 def flag(field_name: str) -> str:
@@ -325,19 +331,31 @@ def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
     """
     import requests
 
-    outcome = [f"no answer from {url} in {seconds:.0f} s"]
-
-    def ask() -> None:
+    def ask() -> str | None:
         try:
             response = requests.head(url, timeout=seconds, allow_redirects=True)
-            outcome.append("" if response.ok else f"HTTP status {response.status_code} from {url}")
         except OSError as error:  # which requests' own exceptions are
-            outcome.append(f"no connection to {url} ({type(error).__name__})")
+            return f"no connection to {url} ({type(error).__name__})"
+        return None if response.ok else f"HTTP status {response.status_code} from {url}"
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcome[-1] or None
+    try:
+        return in_background(ask).result(timeout=seconds)
+    except TimeoutError:
+        return f"no answer from {url} in {seconds:.0f} s"
+
+
+def in_background(function: Callable) -> Future:
+    """Calls the function in a thread, which does not keep the program from ending."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
@@ -680,7 +698,7 @@ def train_step(state, images, labels, *, optimizer, config):
 
 
 def cut(x, num_minibatches):
-    """(B, ...) -> (B / M, M, ...): piece m has every M-th image, so that devices keep their own."""
+    """(B, ...) -> (B / M, M, ...): piece [:, m] has every M-th image, on whatever device it is."""
     return x.reshape(-1, num_minibatches, *x.shape[1:])
 
 
@@ -706,11 +724,17 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Trains, printing and writing as it goes; returns the metrics of each epoch (see METRICS).
 
     Raises UsageError before anything is written, RunError if data, numbers or the disk fail, and
-    Interrupted after the step during which a signal's number has appeared in signals. A run that
-    has not ended otherwise is continued by config.resume, as if nothing had happened.
+    Interrupted after the step during which a signal's number has appeared in signals (of several
+    processes: soon after one of them gets SIGTERM). A run that has not ended otherwise is continued
+    by config.resume, as if nothing had happened.
     """
     began = time.perf_counter()
     find_devices()
+    if config.num_processes not in (None, jax.process_count()):
+        raise UsageError(
+            f"--num-processes {config.num_processes}, but JAX knows of {jax.process_count()}; call"
+            " join_processes before anything else of JAX"
+        )
     dataset_name = config.dataset
     if config.resume:
         config, dataset_name, history = config_to_resume(config, unsaid=Config())
@@ -718,9 +742,8 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
             say(f"{config.resume}: this run is finished; nothing is left to do.")
             return history
     refuse_uneven_shares(config)
-    with ThreadPoolExecutor() as pool:  # reading is not computing: do both at once
-        reading = pool.submit(load_dataset, dataset_name, config.data_dir)
-        state = create_state(config)
+    reading = in_background(partial(load_dataset, dataset_name, config.data_dir))
+    state = create_state(config)  # XLA compiles while the data are read
     dataset = reading.result()
     steps_per_epoch = len(dataset.train_images) // config.batch_size
     if steps_per_epoch == 0:
@@ -730,27 +753,27 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
         )
     num_steps = config.num_epochs * steps_per_epoch
     facts = describe_run(config, dataset)
-    refuse_different_runs(facts)
+    refuse_different_runs(config, facts)
     with open_output_dir(config, facts) as output_dir:
         announce(config, dataset, state, output_dir)
-        run, newest = restore(output_dir, state, facts)
+        run, newest = restore(config, state, facts)
         if config.resume and not newest:
             say("Resumed: from the start; there is no checkpoint yet")
         began -= run.seconds
         first_batch = next(batches(dataset, config, epoch=1))
         step = compile_step(run.state, first_batch, config, num_steps)
         done = len(run.history) * steps_per_epoch + len(run.step_metrics)
-        go_on, stopped_by = stop_together(signals)
+        stop = StopRequest(signals)
         with progress_bar(num_steps, done) as advance:
-            while go_on() and len(run.history) < config.num_epochs:
-                run = train_epoch(run, step, dataset, config, advance, go_on)
+            while stop.go_on() and len(run.history) < config.num_epochs:
+                run = train_epoch(run, step, dataset, config, advance, stop.go_on)
                 run = run._replace(seconds=time.perf_counter() - began)
                 if is_first_process():
                     newest = write_checkpoint(run, facts, output_dir, previous=newest)
                 if not run.step_metrics:
                     report_epoch(run.history, config, output_dir)
-        if stopped_by:
-            raise Interrupted(stopped_by[0], output_dir)
+        if stop.stopped_by:
+            raise Interrupted(stop.stopped_by, output_dir)
         predictions = predict_all(run.state.networks.actor, dataset.test_images)
         if is_first_process():
             answers, confidences = jax.device_get(predictions)
@@ -770,7 +793,8 @@ def create_state(config: Config) -> TrainState:
         return for_each_seed(create_one, config.num_seeds)(jax.vmap(jax.random.key)(seeds))
 
     on_each_device, _ = shardings()
-    quickly = {"xla_backend_optimization_level": 1}  # to compile: in half the time
+    # Compiles in half the time; elsewhere than on a processor it was not tried.
+    quickly = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
     create = jax.jit(create, out_shardings=on_each_device, compiler_options=quickly)
     return create(np.array(config.seeds, np.uint32))
 
@@ -784,18 +808,17 @@ def compile_step(state: TrainState, batch: tuple, config: Config, num_steps: int
     whole, and hands its own devices' share of the images over.
     """
     optimizer = create_optimizer(config, num_steps)
-    of_state = for_each_seed(
-        partial(train_step, optimizer=optimizer, config=config), config.num_seeds
-    )
+    step_of_one = partial(train_step, optimizer=optimizer, config=config)
+    step_of_all = for_each_seed(step_of_one, config.num_seeds)
     structure = jax.tree.structure(state)
 
-    def of_leaves(leaves, images, labels):
-        state, metrics = of_state(jax.tree.unflatten(structure, leaves), images, labels)
+    def step_on_leaves(leaves, images, labels):
+        state, metrics = step_of_all(jax.tree.unflatten(structure, leaves), images, labels)
         return jax.tree.leaves(state), metrics
 
     on_each_device, by_image = shardings()
-    program = jax.jit(
-        of_leaves,
+    jitted = jax.jit(
+        step_on_leaves,
         donate_argnums=0,
         in_shardings=(on_each_device, by_image, by_image),
         out_shardings=on_each_device,
@@ -804,8 +827,8 @@ def compile_step(state: TrainState, batch: tuple, config: Config, num_steps: int
     def share(x):
         return jax.make_array_from_callback(x.shape, by_image, x.__getitem__)
 
-    program = program.lower(jax.tree.leaves(state), *map(share, batch)).compile()
-    return lambda leaves, *batch: program(leaves, *map(share, batch))
+    compiled = jitted.lower(jax.tree.leaves(state), *map(share, batch)).compile()
+    return lambda leaves, *batch: compiled(leaves, *map(share, batch))
 
 
 @jax.jit
@@ -920,37 +943,39 @@ def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) 
 
 # --- Devices and processes ------------------------------------------------------------------
 
-# Where a run takes place, which decides nothing, or the rounding alone.
-PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
-
 
 def join_processes(config: Config) -> None:
-    """Makes the processes of several hosts one run, by the flags or as JAX finds a cluster out.
+    """Makes the processes of several hosts one run: those of the flags, or those that JAX detects.
 
     UsageError if the flags do not say enough, RunError if the processes do not meet.
     """
-    given = config.coordinator_address, config.num_processes, config.process_id
-    named = *given, os.environ.get("JAX_COORDINATOR_ADDRESS")
-    several = any(value is not None for value in named)
-    if several:
-        print("Waiting for the other processes...", flush=True)
-    # In a thread, so that a signal is heard; no longer than here, since JAX would then crash.
-    initialize = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
-    joining = ThreadPoolExecutor().submit(initialize, *given)
+    if config.num_processes == 1:
+        return
+    flags = config.coordinator_address, config.num_processes, config.process_id
+    requested = os.environ.get("JAX_COORDINATOR_ADDRESS") or flags != (None, None, None)
+    initialize = partial(jax.distributed.initialize, *flags, heartbeat_timeout_seconds=30)
     try:
-        joining.result(timeout=120)
+        with warnings.catch_warnings(action="ignore"):  # of clusters that JAX takes this for
+            joining = in_background(initialize)
+            if not wait([joining], timeout=3).done:
+                print("Waiting for the other processes...", flush=True)
+            joining.result(timeout=117)  # less than JAX's own limit, at which it would abort
     except TimeoutError as error:
         raise RunError(
-            f"not all of the {config.num_processes} processes have come to"
-            f" {config.coordinator_address} in 2 minutes; see what they say, and start them again"
+            "not all processes have come in 2 minutes; see what they say, and start them again, or"
+            " run alone with --num-processes 1"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        raise RunError(f"the processes did not meet: {first_line(error)}") from error
-    except (ValueError, RuntimeError) as error:
-        if several:
+    except Exception as error:
+        if requested and isinstance(error, ValueError):
             raise UsageError(
                 "--coordinator-address, --num-processes and --process-id belong together:"
                 f" {first_line(error)}"
+            ) from error
+        alone = any(text in str(error) for text in ("should be defined", "must be called before"))
+        if requested or not alone:
+            raise RunError(
+                f"the processes did not meet: {first_line(error)}; to run alone, say"
+                " --num-processes 1"
             ) from error
 
 
@@ -966,60 +991,63 @@ def find_devices() -> list[jax.Device]:
 
 
 def is_first_process() -> bool:
-    """Only the first process prints and writes."""
+    """Whether this process prints and writes: of several, the first alone does."""
     return jax.process_index() == 0
 
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:
-    """How arrays lie on the devices of all processes: whole on each; or with axis 1 cut in shares.
+    """How arrays lie on all processes' devices: replicated; or split along axis 1, the images.
 
-    Axes are said to be automatic, so that XLA finds the sums over all devices that are needed.
+    Automatic axes: XLA itself finds where it must sum over all devices.
     """
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
 def refuse_uneven_shares(config: Config) -> None:
+    """UsageError if the devices would not get as many images of a batch each."""
     num_devices, pieces = jax.device_count(), config.num_minibatches
     if config.batch_size % (num_devices * pieces):
         minibatches = f" in {pieces} minibatches" if pieces > 1 else ""
         raise UsageError(
             f"--batch-size {config.batch_size}{minibatches} cannot be divided among {num_devices}"
-            f" devices; make it a multiple of {num_devices * pieces}"
+            f" devices; make it a multiple of {num_devices * pieces}, or hide some devices"
         )
 
 
-def refuse_different_runs(facts: dict[str, Any]) -> None:
-    """RunError if the first process has other flags, other data, or another program than this."""
-    own = PLACE | {"cores", "output_dir", "resume"}
-    same = json.dumps({name: value for name, value in facts.items() if name not in own})
-    digest = np.frombuffer(hashlib.sha256(same.encode()).digest(), np.uint8)
-    try:
-        multihost_utils.assert_equal(digest)
-    except AssertionError as error:
+def refuse_different_runs(config: Config, facts: dict[str, Any]) -> None:
+    """RunError if process 0 has other flags, data, program or checkpoint than this one."""
+    may_differ = PLACE | {"cores", "output_dir", "resume"}
+    must_agree = {name: value for name, value in facts.items() if name not in may_differ}
+    found = newest_checkpoint(config.resume) if config.resume else None
+    checkpoint = found and (found[0].name, found[1])
+    text = json.dumps([must_agree, checkpoint], sort_keys=True)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    if not np.array_equal(multihost_utils.broadcast_one_to_all(digest), digest):
         raise RunError(
-            f"process {jax.process_index()} has other flags, data ({facts['trained_on']}), program"
-            " or versions than process 0; start all with the same"
-        ) from error
+            f"process {jax.process_index()} has other flags, data, versions, program or checkpoint"
+            " than process 0; start all with the same"
+        )
 
 
-def stop_together(signals: Sequence[int]) -> tuple[Callable[[], bool], list[int]]:
-    """What to ask after each step and each epoch, whether to go on; and the signal that says no.
+class StopRequest:
+    """The signal after which to stop; asked after each step and each epoch whether to go on.
 
-    Several processes stop after the same step, as JAX arranges it once one of them gets SIGTERM.
+    Several processes stop after the same step, as JAX arranges it within a second or so once one of
+    them gets SIGTERM.
     """
-    questions, stopped_by = itertools.count(), []
 
-    def go_on() -> bool:
+    def __init__(self, signals: Sequence[int]):
+        self.signals, self.questions, self.stopped_by = signals, itertools.count(), None
+
+    def go_on(self) -> bool:
         if jax.distributed.is_initialized():
-            stop = multihost_utils.reached_preemption_sync_point(next(questions))
+            stop = multihost_utils.reached_preemption_sync_point(next(self.questions))
         else:
-            stop = len(signals) > 0
+            stop = len(self.signals) > 0
         if stop:
-            stopped_by.append(signals[0] if signals else signal.SIGTERM)
-        return not stopped_by
-
-    return go_on, stopped_by
+            self.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
+        return self.stopped_by is None
 
 
 # --- Checkpoints ----------------------------------------------------------------------------
@@ -1088,16 +1116,16 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
     return sorted(position, key=position.get, reverse=True)
 
 
-def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path | None]:
-    """The run as its newest whole checkpoint has it, and that one's path, or else the fresh state.
+def restore(config: Config, fresh: TrainState, facts: dict) -> tuple[Run, Path | None]:
+    """The run as its newest whole checkpoint has it, and that one's path; or a fresh run.
 
     RunError if its arrays are not those that this program has.
     """
-    found = newest_checkpoint(output_dir)
+    found = newest_checkpoint(config.resume) if config.resume else None
     if found is None:
         return Run(fresh, [], [], epoch_seconds=0.0, seconds=0.0), None
     path, header, arrays = found
-    paths = checkpoint_paths(output_dir)
+    paths = checkpoint_paths(config.resume)
     for damaged in paths[: paths.index(path)]:
         say(f"NOTICE: {damaged} does not match its SHA-256; it is damaged and not used.")
     if is_first_process():
@@ -1114,7 +1142,7 @@ def restore(output_dir: Path, fresh: TrainState, facts: dict) -> tuple[Run, Path
     state = state._replace(key=jax.random.wrap_key_data(state.key))
     run = Run(**header["run"])._replace(state=state)
     announce_restored(run, path, header["facts"], facts)
-    write_history(run.history, output_dir)
+    write_history(run.history, config.resume)
     return run, path
 
 
@@ -1572,7 +1600,11 @@ def first_line(error: object) -> str:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status and jax.distributed.is_initialized():
-        os._exit(status)  # without waiting for the other processes, which wait for this one
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status in (1, 2) and jax.distributed.is_initialized():  # else it waits for the others
+        os._exit(status)
     sys.exit(status)

@@ -58,9 +58,13 @@ def work(run_epoch):
 
 
 def start_worker(command):
-    """A process that works, to be given its turns."""
+    """A process that works, to be given its turns; many of them share a GPU's memory."""
     return subprocess.Popen(
-        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )
 
 

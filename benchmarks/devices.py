@@ -85,7 +85,7 @@ def record_steps(dataset, config, num_steps):
 def environment(devices_each=1):
     flag = f"--xla_force_host_platform_device_count={devices_each}"
     without_proxies = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    return without_proxies | {"XLA_FLAGS": flag}
+    return without_proxies | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
 
 
 def start_processes(command, num_processes, directory=None, devices_each=1, own_flags=None):
@@ -171,11 +171,15 @@ def compare(layout, one, other, num_seeds, rounds=4):
 
 
 def finish(processes, timeout=150):
-    """Waits for them all: status, output and errors of each."""
+    """Waits for them all, and for none longer than that: output, errors and status of each."""
+    try:
+        spoken = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [
         (output, errors, process.returncode)
-        for process in processes
-        for output, errors in [process.communicate(timeout=timeout)]
+        for (output, errors), process in zip(spoken, processes, strict=True)
     ]
 
 
@@ -204,7 +208,6 @@ def kill(num_processes, victim, undisturbed):
             "processes": num_processes,
             "killed": victim,
             "seconds": seconds,
-            "statuses": [status for _, _, status in others],
             "own_line": spoke,
             "resumed_to_the_same_result": same,
         }

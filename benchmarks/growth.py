@@ -73,18 +73,25 @@ def measure(kind, sizes, repeats, data_dir):
         rows.append(
             {
                 "size": size,
+                "images": images,
                 "epoch_seconds": spread(taken[1:]),
                 "images_per_second": spread([images / each for each in taken[1:]]),
             }
         )
-    return {"rows": rows, "slopes": slopes(rows)}
+    return {"rows": rows}
 
 
-def slopes(rows):
-    """The exponents p of time ~ size ** p: over all sizes, and over the last doubling or so."""
+def slopes(rows, per_image):
+    """The exponents p of time ~ size ** p: over all sizes, and over the last doubling or so.
+
+    The time of an epoch; or that of an image, since epochs of large batches leave more images over.
+    """
 
     def exponent(one, other):
-        times = [row["epoch_seconds"]["median"] for row in (one, other)]
+        times = [
+            row["epoch_seconds"]["median"] / (row["images"] if per_image else 1)
+            for row in (one, other)
+        ]
         return math.log(times[1] / times[0]) / math.log(other["size"] / one["size"])
 
     return {"overall": exponent(rows[0], rows[-1]), "at_the_end": exponent(rows[-2], rows[-1])}
@@ -117,7 +124,7 @@ def draw(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--draw", action="store_true", help="only the figure, from the results")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -139,6 +146,7 @@ def main():
             growth[kind] = measure(kind, sizes, options.repeats, options.data_dir.resolve())
             for row in growth[kind]["rows"]:
                 print(kind, row["size"], row["epoch_seconds"], flush=True)
+            growth[kind]["slopes"] = slopes(growth[kind]["rows"], kind == "batch_size")
             print(kind, growth[kind]["slopes"], flush=True)
         write_results("growth", {"device": device, "growth": growth})
     draw(json.loads((RESULTS / "growth.json").read_text()))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import statistics
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
@@ -31,13 +32,69 @@ def accuracy_rows():
         yield "| " + " | ".join(cells) + " |"
 
 
+def seconds(figure):
+    return f"{figure['median']:.2f} s ({figure['min']:.2f}-{figure['max']:.2f})"
+
+
 def speed_rows():
     """A table row for each number of rounds that benchmarks/speed.py measured."""
     for row in read_json(RESULTS / "speed.json")["rows"]:
         cells = [str(row["num_iterations"])]
-        for name in ("ours", "products", "pytorch", "pytorch, indexed"):
-            figure = row["epoch_seconds"][name]
-            cells.append(f"{figure['median']:.2f} s ({figure['min']:.2f}-{figure['max']:.2f})")
+        for name in ("ours", "products", "pytorch", "pytorch, indexed", "without jit"):
+            cells.append(seconds(row["epoch_seconds"][name]))
+        yield "| " + " | ".join(cells) + " |"
+
+
+def program_rows():
+    """Whole runs, first steps and memory, of ours and of PyTorch's programs."""
+    speed = read_json(RESULTS / "speed.json")
+    names = ("ours", "pytorch", "pytorch, indexed")
+    whole, first, memory = (
+        speed["whole_run"]["seconds"],
+        speed["first_step"]["seconds"],
+        speed["whole_run"]["megabytes"],
+    )
+    sizes = [
+        f"{f['median']:.0f} MB ({f['min']:.0f}-{f['max']:.0f})" for f in map(memory.get, names)
+    ]
+    for cells in (
+        ["whole run", *(seconds(whole[name]) for name in names)],
+        ["to the first step", *(seconds(first[name]) if name in first else "" for name in names)],
+        ["peak memory", *sizes],
+    ):
+        yield "| " + " | ".join(cells) + " |"
+
+
+def growth_rows(kind):
+    """A table row for each size that benchmarks/growth.py measured."""
+    for row in read_json(RESULTS / "growth.json")["growth"][kind]["rows"]:
+        speed = f"{row['images_per_second']['median']:,.0f}"
+        yield f"| {row['size']:,} | {seconds(row['epoch_seconds'])} | {speed} |"
+
+
+def device_rows():
+    """A table row for each layout of devices that benchmarks/devices.py compared with one."""
+    for row in read_json(RESULTS / "devices.json")["same"]:
+        first_step, epoch = row["first_step"], row["epoch"]
+        equal = first_step["actions_equal"] and first_step["rewards_equal"]
+        one = first_step["parameters_after_1_round"]["largest_by_seed"]
+        four = first_step["parameters_after_4_rounds"]["largest_by_seed"]
+        points = [100 * difference for difference in epoch["difference_by_seed"]]
+        steps = epoch["first_step_with_a_flip_by_seed"]
+        shares = epoch["share_of_answers_flipped_by_seed"]
+        cells = [str(row["devices"]), str(row["processes"]), "equal" if equal else "not equal"]
+        cells += [f"{max(one):.1e}", f"{statistics.median(four):.1e}", f"{max(four):.1e}"]
+        cells += [f"{statistics.mean(points):+.2f} ({min(points):+.2f} to {max(points):+.2f})"]
+        cells += [f"{min(steps)} to {max(steps)}", f"{min(shares):.1%} to {max(shares):.1%}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def death_rows():
+    """A table row for each process that benchmarks/devices.py killed."""
+    for row in read_json(RESULTS / "devices.json")["killed"]:
+        lines = f"{row['others_with_own_line']} of {row['others']}"
+        same = f"{row['same_result']} of {row['resumed']}"
+        cells = [str(row["processes"]), str(row["killed"]), seconds(row["seconds"]), lines, same]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -86,6 +143,10 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "GRPO, G = 8": "GRPO，G = 8",
     "moving average": "移動平均",
     "PPO with critic": "PPO，含評論家",
+    "whole run": "整次執行",
+    "to the first step": "到第一步為止",
+    "peak memory": "記憶體峰值",
+    "equal": "相同",
     "RLOO, G = 8": "RLOO，G = 8",
     "Dr. GRPO, G = 8": "Dr. GRPO，G = 8",
     "DAPO, G = 8": "DAPO，G = 8",
@@ -132,8 +193,11 @@ CHINESE = {  # the names of rows that README_ch.md translates
 @pytest.mark.parametrize("readme", READMES)
 def test_the_tables_are_the_committed_results(readme):
     lines = read(readme).splitlines()
-    rows = [line for line in lines if re.match(r"\| .*(\d(%| s) |\d+ \| \d+ \|$)", line)]
-    expected = [*accuracy_rows(), *speed_rows(), *algorithm_rows(), *strong_rows(), *fault_rows()]
+    rows = [line for line in lines if re.match(r"\| .*(\d(%| s| MB) |\d+ \| \d+ \|$)", line)]
+    expected = [*accuracy_rows(), *speed_rows(), *program_rows()]
+    for kind in read_json(RESULTS / "growth.json")["growth"]:
+        expected += growth_rows(kind)
+    expected += [*algorithm_rows(), *strong_rows(), *fault_rows(), *device_rows(), *death_rows()]
     if readme == "README_ch.md":
         expected = [
             " | ".join(CHINESE.get(cell, cell) for cell in f"{row} ".split(" | ")).strip()
@@ -147,17 +211,17 @@ def test_the_tables_are_the_committed_results(readme):
 def test_the_machine_is_that_of_the_committed_results(readme):
     text = read(readme)
     accuracy, speed = (read_json(RESULTS / f"{name}.json") for name in ("accuracy", "speed"))
-    for name in ("speed", "comparison", "tuning", "faults"):
-        for fact in ("versions", "processor", "cores", "date"):
-            assert read_json(RESULTS / f"{name}.json")[fact] == accuracy[fact]
+    for path in RESULTS.glob("*.json"):
+        for fact in ("versions", "processor", "cores"):
+            assert read_json(path)[fact] == accuracy[fact]
+        assert read_json(path)["date"] in text
     assert re.search(rf"\b{accuracy['cores']} (cores|核心)", text)
     assert accuracy["processor"] in text
-    assert accuracy["date"] in text
     for name, number in (accuracy["versions"] | {"PyTorch": speed["pytorch"]}).items():
         if name in ("jax", "flax", "PyTorch", "python"):
             assert f"{name if name != 'python' else 'Python'} {number.split('+')[0]}" in text
     repeats = speed["rows"][0]["epoch_seconds"]["ours"]["n"]
-    assert re.search(rf"(\(range\) of|各測)\s+{repeats}\b", text)
+    assert re.search(rf"(\(range\) of|共)\s+{repeats}\b", text)
 
 
 def test_the_results_reach_what_was_asked_for():
@@ -179,14 +243,55 @@ def test_the_results_reach_what_was_asked_for():
     assert comparison["equal_feedback"]["reward_bits"] <= 1_000_000
     assert comparison["ratio_64_answers_to_1"]["median"] <= 1.3
     assert min(comparison["algorithms"][0]["test_accuracy"]["by_seed"]) < 0.88
-    four_rounds, _ = read_json(RESULTS / "speed.json")["rows"]
+    check_speed()
+    check_devices()
     faults = {row["fault"]: row for row in read_json(RESULTS / "faults.json")["rows"]}
     assert all(row["kept"] == row["tried"] for row in faults.values())
     assert faults["SIGKILL at a random moment"]["tried"] == 50
     assert faults["one bit of the newest checkpoint flipped"]["tried"] == 200
-    assert four_rounds["num_iterations"] == Config().num_iterations
-    assert four_rounds["ratios"]["ours / products"]["median"] <= 1.3
-    assert four_rounds["ratios"]["ours / pytorch"]["median"] < 1
+
+
+def check_speed():
+    speed = read_json(RESULTS / "speed.json")
+    for row, rounds, floor in zip(speed["rows"], (4, 1), (1.3, 1.55), strict=True):
+        assert row["num_iterations"] == rounds
+        assert min(figure["n"] for figure in row["epoch_seconds"].values()) >= 5
+        ratios = {name: figure["median"] for name, figure in row["ratios"].items()}
+        assert ratios["ours / products"] <= floor
+        assert ratios["ours / pytorch"] < 0.8
+        assert ratios["ours / pytorch, indexed"] < 1
+        assert ratios["ours / without jit"] <= 0.12
+    assert speed["whole_run"]["ratios"]["ours / pytorch"]["median"] < 1
+    assert speed["first_step"]["ratios"]["ours / pytorch"]["median"] < 2
+    assert speed["whole_run"]["megabytes"]["ours"]["median"] < 750
+
+
+def check_devices():
+    devices = read_json(RESULTS / "devices.json")
+    assert {(row["devices"], row["processes"]) for row in devices["same"]} == {
+        *((2, 1), (8, 1), (2, 2), (4, 4))
+    }
+    for row in devices["same"]:
+        assert row["first_step"]["actions_equal"]
+        assert row["first_step"]["rewards_equal"]
+        assert abs(statistics.mean(row["epoch"]["difference_by_seed"])) < 0.001
+    for row in devices["killed"]:
+        assert row["seconds"]["max"] < 120
+        assert row["same_result"] == row["resumed"]
+
+
+def speed_figures():
+    """The ratios and the slopes that the prose names."""
+    speed, growth = (read_json(RESULTS / f"{name}.json") for name in ("speed", "growth"))
+    kinds = [row["ratios"] for row in speed["rows"]]
+    kinds += [speed[name]["ratios"] for name in ("whole_run", "first_step")]
+    for ratios in kinds:
+        for name, figure in ratios.items():
+            without_jit = name == "ours / without jit"
+            yield f"{1 / figure['median']:.0f}" if without_jit else f"{figure['median']:.2f}"
+    for each in growth["growth"].values():
+        yield f"{each['slopes']['overall']:.2f}"
+    yield f"{growth['growth']['width']['slopes']['at_the_end']:.2f}"
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -198,6 +303,7 @@ def test_figures_in_the_prose_are_the_committed_results(readme):
         interval(comparison["supervised"][1]["test_accuracy"]),
         f"{1 - comparison['equal_feedback']['test_accuracy']['mean']:.2%}",
         f"{comparison['equal_feedback']['reward_bits']:,}",
+        *speed_figures(),
     ]
     prose = [line for line in read(readme).splitlines() if not line.startswith("|")]
     for figure in figures:
