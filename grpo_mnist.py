@@ -1546,6 +1546,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as interruption:
         number, run_dir = interruption.args
         command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
+        if jax.distributed.is_initialized():
+            command += " on every host, with its own three flags"
         further = f"go on with: {command}" if is_first_process() else "so did the others"
         return complain(f"stopped by {signal.Signals(number).name}; {further}", 128 + number)
     except UsageError as error:
@@ -1558,7 +1560,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         remedy = "if memory ran out, lower --batch-size or --num-generations"
         if jax.distributed.is_initialized():
-            remedy += "; if another process has ended, start all of them again, with --resume"
+            remedy += "; if another process has ended, see why, and start all again, with --resume"
         return complain(f"{first_line(error)}; {remedy}", status=1)
     finally:
         for number, handler in before.items():

@@ -136,7 +136,7 @@ def test_what_ends_one_process_ends_all_and_costs_nothing(undisturbed, number, t
     (_, errors, status), (_, victims_errors, victims_status) = finish(processes, timeout=110)
     if number == signal.SIGKILL:
         # JAX ends a process itself if it hears of a death before the program does, and says so.
-        advice = "if another process has ended, start all of them again, with --resume"
+        advice = "if another process has ended, see why, and start all again, with --resume"
         assert advice in errors or "another task died" in errors
         assert status != 0
     else:
