@@ -33,12 +33,17 @@ def describe_machine():
     }
 
 
-def prepare_ours(dataset, config, num_epochs):
-    """The trainer's own main loop, with nothing but the reporting left out: runs an epoch."""
+def state_and_step(dataset, config, num_steps):
+    """As the trainer's main loop makes them."""
     state = grpo_mnist.create_state(config)
     first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
+    return state, grpo_mnist.compile_step(state, first_batch, config, num_steps)
+
+
+def prepare_ours(dataset, config, num_epochs):
+    """The trainer's own main loop, with nothing but the reporting left out: runs an epoch."""
     num_steps = num_epochs * (len(dataset.train_images) // config.batch_size)
-    step = grpo_mnist.compile_step(state, first_batch, config, num_steps)
+    state, step = state_and_step(dataset, config, num_steps)
 
     def run_epoch(epoch):
         nonlocal state

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, ROOT, grpo_mnist, spread, write_results
+from common import RESULTS, ROOT, grpo_mnist, spread, state_and_step, write_results
 
 NUM_SEEDS = 5
 TIMED_EPOCHS = 7
@@ -135,9 +135,7 @@ def time_epochs(commands, dataset):
     for flags in commands:
         config = grpo_mnist.parse_flags(shlex.split(flags))
         steps = len(dataset.train_images) // config.batch_size
-        state = grpo_mnist.create_state(config)
-        first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
-        step = grpo_mnist.compile_step(state, first_batch, config, (TIMED_EPOCHS + 1) * steps)
+        state, step = state_and_step(dataset, config, (TIMED_EPOCHS + 1) * steps)
         runners[flags] = [state, step, config]
     seconds = {flags: [] for flags in commands}
     for epoch in range(1, TIMED_EPOCHS + 2):  # the first is not counted

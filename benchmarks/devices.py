@@ -25,7 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from common import ROOT, grpo_mnist, spread, write_results
+from common import ROOT, grpo_mnist, spread, state_and_step, write_results
 
 LAYOUTS = ((2, 1), (8, 1), (2, 2), (4, 4))  # devices in all, processes
 VICTIMS = ((2, 1), (2, 0), (4, 3), (4, 0))  # processes, the one that is killed
@@ -52,10 +52,8 @@ def record(dataset_name, data_dir, num_seeds, num_steps, path, flags):
 def record_steps(dataset, config, num_steps):
     """The answers and rewards of steps, their accuracy, and the parameters after the first."""
     steps_per_epoch = len(dataset.train_images) // config.batch_size
-    state = grpo_mnist.create_state(config)
+    state, step = state_and_step(dataset, config, 10 * steps_per_epoch)
     batches = grpo_mnist.batches(dataset, config, epoch=1)
-    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
-    step = grpo_mnist.compile_step(state, first_batch, config, 10 * steps_per_epoch)
     on_each_device, by_image = grpo_mnist.shardings()
     leaves, structure = jax.tree.flatten(state)
 

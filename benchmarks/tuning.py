@@ -15,7 +15,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from common import grpo_mnist, write_results
+from common import grpo_mnist, state_and_step, write_results
 
 NUM_SEEDS = 2
 HELD_OUT = 10_000
@@ -58,9 +58,7 @@ def try_out(flags, dataset):
     """A candidate: the accuracy of its sampled answers by epoch, and on the held-out images."""
     config = grpo_mnist.parse_flags([*shlex.split(flags), f"--num-seeds={NUM_SEEDS}"])
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
-    state = grpo_mnist.create_state(config)
-    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
-    step = grpo_mnist.compile_step(state, first_batch, config, num_steps)
+    state, step = state_and_step(dataset, config, num_steps)
     accuracies = []
     for epoch in range(1, config.num_epochs + 1):
         stream = grpo_mnist.batches(dataset, config, epoch)

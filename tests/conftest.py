@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common import state_and_step
 from hypothesis import settings
 
 import grpo_mnist
@@ -112,13 +113,6 @@ def read_json(path):
 def tree(directory):
     """Every file and directory below, to see what a run left behind."""
     return sorted(str(path.relative_to(directory)) for path in Path(directory).rglob("*"))
-
-
-def state_and_step(dataset, config, num_steps=100):
-    """As the main loop makes them."""
-    state = grpo_mnist.create_state(config)
-    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
-    return state, grpo_mnist.compile_step(state, first_batch, config, num_steps)
 
 
 def train_in_memory(dataset, config):

@@ -9,13 +9,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from common import state_and_step
 from conftest import (
     ROOT,
     read_history,
     read_json,
     run_program,
     start_program,
-    state_and_step,
     train_in_memory,
 )
 from faults import metrics_without_times
@@ -191,12 +191,12 @@ def test_every_algorithm_learns(dataset, flags):
 def test_a_step_for_several_seeds_is_the_step_for_each(dataset):
     """With the defaults: the same answers; parameters as equal as float32 sums in another order."""
     num_seeds = 2
-    together, step = state_and_step(dataset, Config(num_seeds=num_seeds))
+    together, step = state_and_step(dataset, Config(num_seeds=num_seeds), num_steps=100)
     images, labels = next(grpo_mnist.batches(dataset, Config(num_seeds=num_seeds), epoch=1))
     together, metrics = step(jax.tree.leaves(together), images, labels)
     for seed in range(num_seeds):
         config = Config(seed=seed)
-        alone, step = state_and_step(dataset, config)
+        alone, step = state_and_step(dataset, config, num_steps=100)
         (own_images, own_labels) = next(grpo_mnist.batches(dataset, config, epoch=1))
         np.testing.assert_array_equal(own_images[0], images[seed])
         alone, own_metrics = step(jax.tree.leaves(alone), own_images, own_labels)
@@ -249,7 +249,7 @@ def test_several_seeds_are_the_same_runs_as_each_alone(capfd):
 def test_the_loop_stays_ahead_of_the_device_by_a_few_steps(dataset):
     """Else the progress bar would lie, and Ctrl-C would wait for all the steps sent off."""
     config = Config(batch_size=1024, num_iterations=8)
-    state, compiled = state_and_step(dataset, config)
+    state, compiled = state_and_step(dataset, config, num_steps=100)
     losses, pending = [], []
 
     def step(*arguments):
