@@ -250,20 +250,29 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network),
     RunError if a file is not what it should be, UsageError if data_dir is not a directory.
     """
+    return find_dataset(name, Path(data_dir))()
+
+
+def find_dataset(name: str, data_dir: Path) -> Callable[[], Dataset]:
+    """Sees to it that the files are here, and returns what reads them; raises as load_dataset does.
+
+    Apart from the reading, which may then be done in a thread: while tensorflow-datasets is being
+    imported, it replaces Python's own import, and whatever JAX imports beside it may fail.
+    """
     if name == "digits":
-        return load_digits()
-    if name != "auto":
-        return load_idx_files(name, Path(data_dir))
+        return load_digits
     try:
-        return load_idx_files("mnist", Path(data_dir))
+        return find_idx_files("mnist" if name == "auto" else name, data_dir)
     except DataUnavailable as reason:
+        if name != "auto":
+            raise
         say(f"NOTICE: {reason}")
         say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
-        return load_digits()
+        return load_digits
 
 
-def load_idx_files(name: str, data_dir: Path) -> Dataset:
-    """Reads the four files of MNIST or of one of its relatives; see load_dataset.
+def find_idx_files(name: str, data_dir: Path) -> Callable[[], Dataset]:
+    """As find_dataset, for the four files of MNIST or of one of its relatives.
 
     tensorflow-datasets knows their addresses and checksums and keeps them; its own reader would
     need TensorFlow, so NumPy decodes them.
@@ -276,18 +285,21 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
     downloads = data_dir / "downloads"
     url_infos = tfds.builder_cls(name).url_infos
     paths = {}
-    for url, info in url_infos.items():
+    for url, info in sorted(url_infos.items()):
         by_hand = downloads / "manual" / info.filename
         cached = downloads / name / get_dl_fname(url, info.checksum)
         paths[url] = by_hand if by_hand.exists() else cached
-    # Files that are here are checked before a network is asked for the others.
-    here = [url for url in sorted(paths) if paths[url].exists()]
-    arrays = {url: read_idx_file(paths[url], url, url_infos[url]) for url in here}
-    if missing := [url for url in sorted(paths) if url not in arrays]:
+    here = [url for url in paths if paths[url].exists()]
+    if missing := [url for url in paths if url not in here]:
+        for url in here:  # checked before a network is asked for the others
+            read_idx_file(paths[url], url, url_infos[url])
         download(name, missing, url_infos, downloads)
-        arrays |= {url: read_idx_file(paths[url], url, url_infos[url]) for url in missing}
-    # In the order of their names: t10k-images, t10k-labels, train-images, train-labels.
-    in_order = [arrays[url] for url in sorted(arrays)]
+    return partial(read_idx_files, name, paths, url_infos)
+
+
+def read_idx_files(name: str, paths: dict[str, Path], url_infos: dict[str, Any]) -> Dataset:
+    """Reads four files, given by their addresses in order: those of the test set come first."""
+    in_order = [read_idx_file(paths[url], url, url_infos[url]) for url in paths]
     images = [array.reshape(-1, 784) for array in in_order[::2]]
     labels = [array.astype(np.int32) for array in in_order[1::2]]
     return Dataset(name, images[1], labels[1], images[0], labels[0])
@@ -742,7 +754,7 @@ def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
             say(f"{config.resume}: this run is finished; nothing is left to do.")
             return history
     refuse_uneven_shares(config)
-    reading = in_background(partial(load_dataset, dataset_name, config.data_dir))
+    reading = in_background(find_dataset(dataset_name, config.data_dir))
     state = create_state(config)  # XLA compiles while the data are read
     dataset = reading.result()
     steps_per_epoch = len(dataset.train_images) // config.batch_size

@@ -2,16 +2,18 @@
 
 import gzip
 import http.server
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import MNIST_FILES, SHARED_MNIST, assert_one_line_error, set_proxy, tree
+from conftest import MNIST_FILES, ROOT, SHARED_MNIST, assert_one_line_error, set_proxy, tree
 
 import grpo_mnist
 from grpo_mnist import Config, DataUnavailable, load_dataset, main
@@ -70,6 +72,32 @@ def test_an_epoch_uses_every_image_at_most_once(dataset):
     # Beside others, a seed has the order that it has alone.
     beside = [numbers[1] for _, numbers in grpo_mnist.batches(numbered, Config(num_seeds=3), 1)]
     np.testing.assert_array_equal(np.concatenate(beside), chosen)
+
+
+WATCH_IMPORTS = """
+import sys, threading
+beside = []
+
+def watch(event, arguments):
+    if event == "import" and threading.current_thread() is not threading.main_thread():
+        beside.append(arguments[0])
+
+sys.addaudithook(watch)
+import grpo_mnist
+status = grpo_mnist.main(sys.argv[1:])
+print("beside JAX:", beside)
+sys.exit(status)
+"""
+
+
+def test_nothing_is_imported_beside_jax(mnist_dir, tmp_path):
+    """tensorflow-datasets replaces Python's import meanwhile, which may break one of JAX's."""
+    flags = ["--dataset=mnist", f"--data-dir={mnist_dir}", "--num-epochs=1", "--batch-size=8192"]
+    program = [sys.executable, "-c", WATCH_IMPORTS, *flags, f"--output-dir={tmp_path / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "beside JAX: []"
 
 
 # --- What is refused ---
