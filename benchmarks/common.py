@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
+import jax  # noqa: E402
+
 import grpo_mnist  # noqa: E402
 
 
@@ -38,6 +40,15 @@ def state_and_step(dataset, config, num_steps):
     state = grpo_mnist.create_state(config)
     first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
     return state, grpo_mnist.compile_step(state, first_batch, config, num_steps)
+
+
+def final_actor(run_dir, num_seeds):
+    """The actors of all seeds, from the last checkpoint of a run."""
+    _, _, arrays = grpo_mnist.newest_checkpoint(run_dir)
+    fresh = grpo_mnist.create_state(grpo_mnist.Config(num_seeds=num_seeds))
+    names = [name for name in grpo_mnist.named_arrays(fresh) if name.startswith("networks.actor.")]
+    structure = jax.tree.structure(fresh.networks.actor)
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
 def prepare_ours(dataset, config, num_epochs):

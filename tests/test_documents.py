@@ -1,17 +1,21 @@
 """What the READMEs and requirements.txt say, against the results, the flags and each other."""
 
+import math
 import re
 import shlex
 import statistics
 from importlib.metadata import PackageNotFoundError, requires, version
 
+import numpy as np
 import pytest
 import tyro
+from accuracy import PROMISED
 from conftest import ROOT, read_json
+from one_update import signed
 from packaging.requirements import Requirement
 
 import grpo_mnist
-from grpo_mnist import Config, flag
+from grpo_mnist import METRICS, Config, flag, group_advantages
 
 READMES = ("README.md", "README_ch.md")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,6 +34,90 @@ def accuracy_rows():
             cells.append(f"{figure['median']:.1%} ({figure['min']:.1%}-{figure['max']:.1%})")
         cells.append(f"{row['seconds']['median']:.0f} s")
         yield "| " + " | ".join(cells) + " |"
+
+
+def update_rows():
+    """A table row for each image of the update by hand."""
+    update = read_json(RESULTS / "one_update.json")
+    answers = zip(
+        update["labels"],
+        update["answers"],
+        update["rounds"][0]["probabilities"],
+        update["rewards"],
+        update["advantages"],
+        strict=True,
+    )
+    for number, (label, answer, probability, reward, advantage) in enumerate(answers, start=1):
+        cells = [number, label, answer, f"{probability:.1%}", f"{reward:.0f}", f"{advantage:+.4f}"]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def ratio_rows():
+    """A table row for each of its rounds; what the clip holds is bold."""
+    for number, each in enumerate(read_json(RESULTS / "one_update.json")["rounds"], start=1):
+        ratios = [
+            f"**{ratio:.3f}**" if held else f"{ratio:.3f}"
+            for ratio, held in zip(each["ratios"], each["held"], strict=True)
+        ]
+        cells = [str(number), *ratios, signed(each["loss"]), f"{each['grad_norm']:.3f}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+EIGHT_REWARDS = [[7.2, 8.5, 6.1, 9.0, 7.8, 6.5, 8.2, 7.5]]
+
+
+def eight_rows():
+    """The rewards of eight answers to one prompt, and what the trainer makes of them."""
+    raw, divided = (
+        np.asarray(group_advantages(EIGHT_REWARDS, baseline="group", scale_rewards=scale))
+        for scale in ("none", "group")
+    )
+    yield "| reward | " + " | ".join(f"{reward:.1f}" for reward in EIGHT_REWARDS[0]) + " |"
+    for name, advantages in (
+        ("minus the mean", raw),
+        ("divided by the deviation", divided),
+        ("divided by the sample deviation", divided * math.sqrt(7 / 8)),
+    ):
+        yield f"| {name} | " + " | ".join(f"{advantage:+.2f}" for advantage in advantages[0]) + " |"
+
+
+def breaking_rows():
+    """A table row for each run that benchmarks/breaking.py broke."""
+    for row in read_json(RESULTS / "breaking.json")["rows"]:
+        worst = row["worst_seed"]
+        cells = [row["name"], f"`{row['command']}`", interval(row["accuracy"])]
+        cells += [interval(row["test_accuracy"]), f"{row['test_accuracy']['by_seed'][worst]:.1%}"]
+        cells += [f"{min(row['test_answers_by_digit'][worst]):,}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def circulating_rows():
+    """What is promised for the exercise's original values, what they give, and what labels give."""
+    defaults, original, _ = read_json(RESULTS / "accuracy.json")["rows"]
+    labels = read_json(RESULTS / "breaking.json")["labels"]["accuracy_by_epoch"]
+    promised = [f"{share}%" for share in PROMISED.values()]
+    measured, ours = (
+        [f"{row[name]['median']:.1%}" for name in ("first_accuracy", "accuracy")]
+        for row in (original, defaults)
+    )
+    taught = [f"{figures['mean']:.1%}" for figures in (labels[0], labels[-1])]
+    for name, cells in (
+        ("what the table promises", promised),
+        ("these values, sampled answers", measured),
+        ("the labels themselves, mean probability of the right digit", taught),
+        ("`python grpo_mnist.py`, sampled answers", ours),
+    ):
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def metric_cells():
+    """The figures of the defaults in the first and the last epoch, by metric, mean of the seeds."""
+    (row,) = (r for r in read_json(RESULTS / "breaking.json")["rows"] if r["name"] == "defaults")
+    cells = {}
+    for name, by_epoch in row["by_epoch"].items():
+        kind = ".1%" if "accuracy" in name else ".2%" if "clip" in name else ".2g"
+        cells[name] = [f"{statistics.mean(by_epoch[epoch]):{kind}}" for epoch in (0, -1)]
+    return cells
 
 
 def seconds(figure):
@@ -153,15 +241,31 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "labels, batch 1024": "標籤，每批 1024 張",
     "labels, batch 64": "標籤，每批 64 張",
     "cross-entropy": "交叉熵",
+    "reward": "獎勵",
+    "minus the mean": "減去平均",
+    "divided by the deviation": "再除以標準差",
+    "divided by the sample deviation": "改除以樣本標準差",
+    "what the table promises": "那張表的承諾",
+    "these values, sampled answers": "這組數值，抽樣的答案",
+    "the labels themselves, mean probability of the right digit": "直接用標籤，正確數字的平均機率",
+    "`python grpo_mnist.py`, sampled answers": "`python grpo_mnist.py`，抽樣的答案",
+    "defaults": "預設值",
+    "class collapse": "類別崩塌",
+    "class collapse, entropy bonus": "類別崩塌，加上熵獎勵",
+    "no baseline, K = 1": "沒有基準，K = 1",
+    "no baseline, K = 4": "沒有基準，K = 4",
+    "K = 64, no clipping": "K = 64，不裁剪",
+    "learning rate x 30": "學習率 x 30",
+    "learning rate constant": "學習率固定",
     "strong setting": "高準確率設定",
     "equal feedback": "相同回饋量",
     "SIGKILL at a random moment": "在隨機時刻 SIGKILL",
     "SIGKILL at the n-th write, fsync, rename or unlink, every n": (
         "在第 n 次寫入、fsync、改名或刪除時 SIGKILL，n 取遍所有值"
     ),
-    "power cut there: contents not synced are lost": "同上但為斷電：未同步的內容遺失",
-    "power cut there: names not synced are lost too": "同上但為斷電：未同步的檔名也遺失",
-    "resumed after each epoch": "在每個週期之後接續",
+    "power cut there: contents not synced are lost": "在同樣的時機斷電：未同步的內容遺失",
+    "power cut there: names not synced are lost too": "在同樣的時機斷電：未同步的檔名也遺失",
+    "resumed after each epoch": "在每個週期之後續訓",
     "newest checkpoint cut short": "最新的檢查點被截短",
     "newest checkpoint emptied": "最新的檢查點被清空",
     "newest checkpoint deleted": "最新的檢查點被刪除",
@@ -178,33 +282,72 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "NaN in the gradients": "梯度出現 NaN",
     "NaN in the data": "資料出現 NaN",
     "a second run in the directory": "同一目錄的第二次執行",
-    "resumed, the same result": "接續後結果相同",
-    "a notice; from the one before, resumed, the same result": "發出通知；從前一個接續後結果相同",
+    "resumed, the same result": "續訓後結果相同",
+    "a notice; from the one before, resumed, the same result": "發出通知；從前一個續訓後結果相同",
     "one line, status 1": "一行訊息，結束代碼 1",
-    "one line, status 1; resumed, the same result": "一行訊息，結束代碼 1；接續後結果相同",
-    "one line, status 130; resumed, the same result": "一行訊息，結束代碼 130；接續後結果相同",
-    "one line, status 143; resumed, the same result": "一行訊息，結束代碼 143；接續後結果相同",
+    "one line, status 1; resumed, the same result": "一行訊息，結束代碼 1；續訓後結果相同",
+    "one line, status 130; resumed, the same result": "一行訊息，結束代碼 130；續訓後結果相同",
+    "one line, status 143; resumed, the same result": "一行訊息，結束代碼 143；續訓後結果相同",
     "one line with both, status 2": "一行訊息列出兩者，結束代碼 2",
     "a notice with both": "通知列出兩者",
     "one line, status 2; the first is not disturbed": "一行訊息，結束代碼 2；第一次執行不受影響",
 }
 
 
+def tables(readme):
+    """The bodies of the tables, each a list of rows."""
+    found = re.findall(r"^\|.*\n\|[-|]+\|\n((?:\|.*\n)+)", read(readme), re.MULTILINE)
+    return [body.splitlines() for body in found]
+
+
+def in_chinese(row):
+    cells = row.removeprefix("| ").removesuffix(" |").split(" | ")
+    cells = [re.sub(r" to (?=[-+\d])", " 至 ", CHINESE.get(cell, cell)) for cell in cells]
+    cells = [re.sub(r"^(\d+) of (\d+)$", r"\1 / \2", cell) for cell in cells]
+    return "| " + " | ".join(cells) + " |"
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_the_tables_are_the_committed_results(readme):
-    lines = read(readme).splitlines()
-    rows = [line for line in lines if re.match(r"\| .*(\d(%| s| MB) |\d+ \| \d+ \|$)", line)]
-    expected = [*accuracy_rows(), *speed_rows(), *program_rows()]
-    for kind in read_json(RESULTS / "growth.json")["growth"]:
-        expected += growth_rows(kind)
-    expected += [*algorithm_rows(), *strong_rows(), *fault_rows(), *device_rows(), *death_rows()]
+    """Every result in its place, and no other table with figures of accuracy or time."""
+    expected = [update_rows(), ratio_rows(), eight_rows(), algorithm_rows(), breaking_rows()]
+    expected += [accuracy_rows(), circulating_rows(), strong_rows(), speed_rows(), program_rows()]
+    expected += map(growth_rows, read_json(RESULTS / "growth.json")["growth"])
+    expected += [fault_rows(), device_rows(), death_rows()]
+    expected = [list(rows) for rows in expected]
     if readme == "README_ch.md":
-        expected = [
-            " | ".join(CHINESE.get(cell, cell) for cell in f"{row} ".split(" | ")).strip()
-            for row in (row.removeprefix("| ") for row in expected)
-        ]
-        expected = [f"| {row}" for row in expected]
-    assert rows == expected
+        expected = [[in_chinese(row) for row in rows] for rows in expected]
+    found = tables(readme)
+    for rows in expected:
+        assert rows in found, rows[0]
+    assert [rows for rows in found if rows in expected] == expected
+    others = [row for rows in found if rows not in expected for row in rows]
+    metrics = [row for row in others if row.startswith("| `") and row.split("`")[1] in METRICS]
+    for row in others:
+        assert row in metrics or not re.search(r"\d\.\d+(%| s) ", row), row
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_metrics_are_those_of_the_program_with_the_figures_of_the_defaults(readme):
+    (body,) = (rows for rows in tables(readme) if rows[0].startswith("| `accuracy` |"))
+    rows = [row.removeprefix("| ").removesuffix(" |").split(" | ") for row in body]
+    described = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert {*described, "epoch"} == set(METRICS)
+    cells = {re.findall(r"\w+", row[0])[0]: row[2:4] for row in rows}
+    for name, figures in metric_cells().items():
+        assert cells[name] == figures, name
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_gigabytes_are_as_many_as_they_must_be(readme):
+    """Bytes a parameter, for 8 billion; the reference has weights in bf16."""
+    text = read(readme)
+    for weights, gradients, adam in (((2,), 2, 4), ((2, 4), 2, 8)):
+        one = 8 * (sum(weights) + gradients + adam)
+        cells = [" + ".join(str(8 * each) for each in weights), 8 * gradients, 8 * adam, one]
+        cells += [2 * one + 16, one + 16, one]
+        assert f"| {' | '.join(map(str, cells))} |" in text
+        assert f"{1 - (one + 16) / (2 * one + 16):.0%}" in text
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -215,19 +358,18 @@ def test_the_machine_is_that_of_the_committed_results(readme):
         for fact in ("versions", "processor", "cores"):
             assert read_json(path)[fact] == accuracy[fact]
         assert read_json(path)["date"] in text
-    assert re.search(rf"\b{accuracy['cores']} (cores|核心)", text)
+    assert re.search(rf"\b{accuracy['cores']} (cores|個核心)", text)
     assert accuracy["processor"] in text
     for name, number in (accuracy["versions"] | {"PyTorch": speed["pytorch"]}).items():
         if name in ("jax", "flax", "PyTorch", "python"):
             assert f"{name if name != 'python' else 'Python'} {number.split('+')[0]}" in text
-    repeats = speed["rows"][0]["epoch_seconds"]["ours"]["n"]
-    assert re.search(rf"(\(range\) of|共)\s+{repeats}\b", text)
 
 
 def test_the_results_reach_what_was_asked_for():
     """Whoever measures anew and commits worse figures shall notice."""
-    defaults, original = read_json(RESULTS / "accuracy.json")["rows"]
-    assert len(defaults["runs"]) == len(original["runs"]) == 5
+    defaults, original, digits = read_json(RESULTS / "accuracy.json")["rows"]
+    assert len(defaults["runs"]) == len(original["runs"]) == len(digits["runs"]) == 5
+    assert digits["accuracy"]["min"] > 0.98
     assert defaults["mean_accuracy"] >= 0.9734
     assert defaults["accuracy"]["min"] > 0.97
     assert defaults["mean_test_accuracy"] >= 0.97
@@ -245,10 +387,42 @@ def test_the_results_reach_what_was_asked_for():
     assert min(comparison["algorithms"][0]["test_accuracy"]["by_seed"]) < 0.88
     check_speed()
     check_devices()
+    check_what_was_broken()
     faults = {row["fault"]: row for row in read_json(RESULTS / "faults.json")["rows"]}
     assert all(row["kept"] == row["tried"] for row in faults.values())
     assert faults["SIGKILL at a random moment"]["tried"] == 50
     assert faults["one bit of the newest checkpoint flipped"]["tried"] == 200
+
+
+def check_what_was_broken():
+    rows = {row["name"]: row for row in read_json(RESULTS / "breaking.json")["rows"]}
+    lost = {  # in how many seeds a digit is hardly ever answered
+        name: sum(min(counts) < 100 for counts in row["test_answers_by_digit"])
+        for name, row in rows.items()
+    }
+    assert lost["defaults"] == lost["no baseline, K = 4"] == lost["K = 64"] == 0
+    assert lost["class collapse"] == 1
+    assert lost["class collapse, entropy bonus"] == 0
+    assert lost["no baseline, K = 1"] == 3
+    assert lost["K = 1"] == 2
+    assert lost["learning rate x 30"] == 5
+    accuracy = {name: row["accuracy"]["mean"] for name, row in rows.items()}
+    assert 0.0045 < accuracy["defaults"] - accuracy["no baseline, K = 4"] < 0.0055
+    assert abs(accuracy["K = 64"] - accuracy["defaults"]) < 0.002
+    assert accuracy["K = 64, no clipping"] < 0.9
+    assert accuracy["learning rate constant"] < accuracy["defaults"]
+    dead = rows["learning rate x 30"]
+    for counts in dead["test_answers_by_digit"]:
+        assert max(counts) == sum(counts)
+    for name in ("entropy", "grad_norm", "loss"):
+        assert np.allclose(dead["by_epoch"][name][1:], 0, atol=1e-6)
+    algorithms = {
+        row["command"]: row for row in read_json(RESULTS / "comparison.json")["algorithms"]
+    }
+    for row in rows.values():  # the same command gave the same figures
+        if row["command"] in algorithms:
+            for metric in ("accuracy", "test_accuracy"):
+                assert row[metric]["mean"] == algorithms[row["command"]][metric]["mean"]
 
 
 def check_speed():
@@ -280,34 +454,131 @@ def check_devices():
         assert row["same_result"] == row["resumed"]
 
 
-def speed_figures():
-    """The ratios and the slopes that the prose names."""
-    speed, growth = (read_json(RESULTS / f"{name}.json") for name in ("speed", "growth"))
-    kinds = [row["ratios"] for row in speed["rows"]]
-    kinds += [speed[name]["ratios"] for name in ("whole_run", "first_step")]
-    for ratios in kinds:
-        for name, figure in ratios.items():
-            without_jit = name == "ours / without jit"
-            yield f"{1 / figure['median']:.0f}" if without_jit else f"{figure['median']:.2f}"
-    for each in growth["growth"].values():
-        yield f"{each['slopes']['overall']:.2f}"
-    yield f"{growth['growth']['width']['slopes']['at_the_end']:.2f}"
+def tutorial_figures():
+    """The figures that the prose names, by what they are."""
+    defaults, _, digits = read_json(RESULTS / "accuracy.json")["rows"]
+    comparison, speed, growth, update, breaking = (
+        read_json(RESULTS / f"{name}.json")
+        for name in ("comparison", "speed", "growth", "one_update", "breaking")
+    )
+    machine = read_json(RESULTS / "accuracy.json")
+    algorithms = {row["name"]: row for row in comparison["algorithms"]}
+    sizes = algorithms["PPO with critic"]["training_state_bytes"]
+    actor, critic = (sizes[name]["weights"] // 4 for name in ("actor", "critic"))
+    megabytes = {
+        name: f"{algorithms[name]['training_state_bytes']['total'] / 1e6:.2f}"
+        for name in ("batch-mean GRPO", "PPO with critic")
+    }
+    labels = interval(comparison["supervised"][1]["test_accuracy"])
+    digits_end = digits["runs"][0]
+    figures = {
+        "CORES": f"{machine['cores']}",
+        "PROCESSOR": machine["processor"],
+        "DEFAULT_SECONDS": f"{defaults['seconds']['median']:.0f}",
+        "DIGITS_ACCURACY": f"{digits_end['accuracy'][-1]:.2%}",
+        "DIGITS_TEST": f"{digits_end['test_accuracy'][-1]:.2%}",
+        "DIGITS_SECONDS": f"{digits['seconds']['median']:.0f}",
+        "ACTOR": f"{actor:,}",
+        "CRITIC": f"{critic:,}",
+        "CRITIC_SHARE": f"{critic / (actor + critic):.1%}",
+        "GRPO_MB": megabytes["batch-mean GRPO"],
+        "PPO_MB": megabytes["PPO with critic"],
+        "RATIO_64": f"{comparison['ratio_64_answers_to_1']['median']:.2f}",
+        "LABELS_TEST": labels,
+        "STRONG_TEST": interval(comparison["strong"]["test_accuracy"]),
+        "EQUAL_ERROR": f"{1 - comparison['equal_feedback']['test_accuracy']['mean']:.2%}",
+        "BITS": f"{comparison['equal_feedback']['reward_bits']:,}",
+        "SPEED_N": f"{speed['rows'][0]['epoch_seconds']['ours']['n']}",
+        "S_WE": f"{growth['growth']['width']['slopes']['at_the_end']:.2f}",
+    }
+    for name, kind in (
+        *(("S_G", "num_generations"), ("S_B", "batch_size")),
+        *(("S_W", "width"), ("S_S", "num_seeds")),
+    ):
+        figures[name] = f"{growth['growth'][kind]['slopes']['overall']:.2f}"
+    for rounds, row in zip((4, 1), speed["rows"], strict=True):
+        medians = {name: ratio["median"] for name, ratio in row["ratios"].items()}
+        figures[f"K{rounds}_PRODUCTS"] = f"{medians['ours / products']:.2f}"
+        figures[f"K{rounds}_TORCH"] = f"{medians['ours / pytorch']:.2f}"
+        figures[f"K{rounds}_INDEXED"] = f"{medians['ours / pytorch, indexed']:.2f}"
+        figures[f"JIT_{rounds}"] = f"{1 / medians['ours / without jit']:.0f}"
+    for name, kind, other in (
+        ("WHOLE_TORCH", "whole_run", "pytorch"),
+        ("WHOLE_INDEXED", "whole_run", "pytorch, indexed"),
+        ("FIRST_TORCH", "first_step", "pytorch"),
+    ):
+        figures[name] = f"{speed[kind]['ratios'][f'ours / {other}']['median']:.2f}"
+    second = update["rounds"][1]
+    for name, reward in (("R2_RIGHT", 1), ("R2_WRONG", 0)):
+        chosen = zip(second["ratios"], update["rewards"], strict=True)
+        figures[name] = " + ".join(f"{ratio:.3f}" for ratio, r in chosen if r == reward)
+    figures |= {"MEAN": f"{update['mean']:.3f}", "DEVIATION": f"{update['deviation']:.4f}"}
+    figures["R2_LOSS"] = f"{second['loss']:.4f}"
+    advantages = np.array(update["advantages"])
+    held = np.where(advantages > 0, 1.2, 0.8) * advantages
+    figures["HELD_LOSS"] = f"{-held.mean():.4f}"
+    figures["EIGHT_DEVIATION"] = f"{np.std(EIGHT_REWARDS):.3f}"
+    figures["LABELS_ORIGINAL"] = interval(breaking["labels"]["test_accuracy"])
+    figures |= breaking_figures({row["name"]: row for row in breaking["rows"]})
+    versions = machine["versions"] | {"torch": speed["pytorch"].split("+")[0]}
+    return figures | {name.upper(): versions[name] for name in ("jax", "flax", "torch", "python")}
+
+
+def breaking_figures(rows):
+    """Those of the runs that were broken on purpose."""
+    collapse = rows["class collapse"]
+    worst = collapse["worst_seed"]
+    gone = rows["K = 64, no clipping"]["by_epoch"]["clip_ratio_low"][0]
+    return {
+        "COLLAPSE_SEED": f"{worst}",
+        "COLLAPSE_DIGIT": f"{np.argmin(collapse['test_answers_by_digit'][worst])}",
+        "COLLAPSE_TEST": f"{collapse['test_accuracy']['by_seed'][worst]:.1%}",
+        "K64_FREE": interval(rows["K = 64, no clipping"]["accuracy"]),
+        "K64_GONE": f"{statistics.mean(gone):.0%}",
+        "CONSTANT": interval(rows["learning rate constant"]["accuracy"]),
+        "DEFAULTS": interval(rows["defaults"]["accuracy"]),
+    }
+
+
+# Figures that are so short that they could stand anywhere, with the words around them.
+AROUND = {
+    "CORES": ("on {} cores", "機器有 {} 個核心"),
+    "DEFAULT_SECONDS": ("about {} seconds after the program has started", "程式啟動 {} 秒後"),
+    "DIGITS_SECONDS": ("{} seconds. MNIST can", "需時 {} 秒。MNIST"),
+    "GRPO_MB": ("take {} MB instead of", "動差共占 {} MB"),
+    "SPEED_N": ("(range) of {} rounds", "共測量 {} 次"),
+    "JIT_4": ("without jit it takes {} times as long", "沒有 jit 則要花 {} 倍"),
+    "JIT_1": ("and {}. (With one round", "與 {}。（只更新一輪"),
+    "WHOLE_TORCH": ("The whole run takes {} times", "加 DataLoader 的 {} 倍、加索引"),
+    "S_W": ("has a slope of {} in all", "整體斜率為 {}，"),
+    "S_S": ("Seeds, slope {}:", "種子數的斜率為 {}："),
+    "COLLAPSE_SEED": ("In seed {}, the network said", "在種子 {} 裡"),
+    "COLLAPSE_DIGIT": ("no answer to an image of a {} was", "從此對 {} 的影像"),
+    "K64_GONE": ("in the first epoch, {} of the answers", "第一個週期中有 {} 的答案"),
+}
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_figures_in_the_prose_are_the_committed_results(readme):
-    comparison = read_json(RESULTS / "comparison.json")
-    figures = [
-        f"{comparison['ratio_64_answers_to_1']['median']:.2f}",
-        interval(comparison["strong"]["test_accuracy"]),
-        interval(comparison["supervised"][1]["test_accuracy"]),
-        f"{1 - comparison['equal_feedback']['test_accuracy']['mean']:.2%}",
-        f"{comparison['equal_feedback']['reward_bits']:,}",
-        *speed_figures(),
-    ]
     prose = [line for line in read(readme).splitlines() if not line.startswith("|")]
-    for figure in figures:
-        assert figure in "\n".join(prose), figure
+    text = " ".join(" ".join(prose).split())
+    for name, figure in tutorial_figures().items():
+        around = AROUND.get(name, ("{}", "{}"))[readme == "README_ch.md"].format(figure)
+        assert re.search(rf"(?<![\d.,]){re.escape(around)}(?![.,]?\d)", text), (name, figure)
+
+
+def test_figures_of_formulas_are_right():
+    """Those that both languages quote without a result; that they agree is tested elsewhere."""
+    text = read("README.md")
+    assert f"which is {0.95**8 + 0.05**8:.0%} at p = 0.95 and G = 8" in text
+    for share in (0.78, 0.95):
+        right, wrong = math.sqrt((1 - share) / share), -math.sqrt(share / (1 - share))
+        assert f"{right:+.2f} and {wrong:+.2f}" in text
+    assert f"√(7/8) = {math.sqrt(7 / 8):.2f}" in text
+    least, most = (np.std([1] * ones + [0] * (8 - ones)) for ones in (1, 4))
+    assert f"between {least:.2f} and {most:.1f}" in text
+    assert f"factor of {most / least:.1f} at most" in text
+    assert f"Their mean is {np.mean(EIGHT_REWARDS):.1f}" in text
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -341,19 +612,44 @@ def test_the_two_languages_agree():
         r"^#+ ",
         r"^```.*?^```",
         r"`[^`\n]+`",
-        r"\]\((?!README)[^)]*\)",
-        r"^\|",
+        r"\]\((?!README)([^)#]*(?:#L\d+)?)[^)]*\)",  # a heading's anchor is in its language
+        r"^\|(?: ?-*\|)*",
+        r"^\d+\. |^- ",
+        r"</?\w+>",
         r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d",
     ):
         found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (one, other)]
         assert found[0] == found[1], pattern
+    columns = [[row.count(" | ") for rows in tables(readme) for row in rows] for readme in READMES]
+    assert columns[0] == columns[1]
+
+
+def anchors(text):
+    """Those that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_links_lead_somewhere(readme):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read(readme)):
-        if not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+    text = read(readme)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if not target.startswith(("http://", "https://")):
+            assert (ROOT / path).exists(), target
+            if path.endswith(".png"):
+                assert (ROOT / path).read_bytes().startswith(b"\x89PNG"), target
+            assert path or anchor in anchors(text), target
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links_into_the_file_lead_to_what_they_name(readme):
+    lines = read("grpo_mnist.py").splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(grpo_mnist\.py#L(\d+)\)", read(readme))
+    assert len(links) > 10
+    for name, number in links:
+        numbers = [i for i, x in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", x)]
+        assert numbers == [int(number)], f"{name} is in line {numbers}"
 
 
 def test_the_header_quotes_the_committed_result():
