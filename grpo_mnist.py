@@ -322,7 +322,8 @@ def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: P
                 manager = tfds.download.DownloadManager(
                     download_dir=arriving, url_infos=url_infos, dataset_name=name
                 )
-                manager.download(urls)
+                for url in urls:  # one by one: when one fails, no other is being written
+                    manager.download(url)
                 for path in Path(arriving, name).iterdir():
                     path.replace(downloads / name / path.name)
             except failures as error:
