@@ -138,7 +138,7 @@ def draw(rows):
     four.set(ylabel="test accuracy (%)")
     for axes in (one, three, four):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="center right" if axes is three else "lower right")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(RESULTS / "breaking.png")
     print("drawn: breaking.png")
