@@ -11,14 +11,10 @@ results/breaking.json, and the figure breaking.png.
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, ROOT, final_actor, grpo_mnist, write_results
+from common import RESULTS, command_of, final_actor, finished_run, grpo_mnist, write_results
 from comparison import supervise
 
 PATH = RESULTS / "breaking.json"
@@ -44,14 +40,9 @@ METRICS = (
 
 def run(name, flags, data_dir, dataset):
     """A row: every metric of every seed by epoch, and how often the actor answers each digit."""
-    with tempfile.TemporaryDirectory() as directory:
-        output_dir = Path(directory) / "run"
-        program = [sys.executable, str(ROOT / "grpo_mnist.py"), *shlex.split(flags)]
-        program += [f"--num-seeds={NUM_SEEDS}", f"--output-dir={output_dir}"]
-        program += ["--dataset=mnist", f"--data-dir={data_dir}"]
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
-        history = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
-        answers, _ = grpo_mnist.predict_all(final_actor(output_dir, NUM_SEEDS), dataset.test_images)
+    with finished_run(flags, data_dir, NUM_SEEDS) as (run_dir, history):
+        actor = final_actor(run_dir, NUM_SEEDS)
+    answers, _ = grpo_mnist.predict_all(actor, dataset.test_images)
     answers = np.asarray(answers)
     counts = [np.bincount(each, minlength=10).tolist() for each in answers]
     worst = int(np.argmin(history[-1]["by_seed"]["test_accuracy"]))
@@ -61,7 +52,7 @@ def run(name, flags, data_dir, dataset):
     print(f"{name}: {last['accuracy']:.4f}, test {last['by_seed']['test_accuracy']}", flush=True)
     return {
         "name": name,
-        "command": command(flags),
+        "command": command_of(flags),
         "by_epoch": {
             metric: [record["by_seed"][metric] for record in history] for metric in METRICS
         },
@@ -75,10 +66,6 @@ def run(name, flags, data_dir, dataset):
         "worst_seed": worst,
         "worst_confusion": confusion.tolist(),
     }
-
-
-def command(flags):
-    return f"python grpo_mnist.py {flags}".strip()
 
 
 def draw(rows):
@@ -164,7 +151,7 @@ def main():
     labels = supervise("labels, the exercise's original values", original, dataset)
     rows = {}
     for name, flags in RUNS.items():
-        rows[name] = kept.get(command(flags)) or run(name, flags, data_dir, dataset)
+        rows[name] = kept.get(command_of(flags)) or run(name, flags, data_dir, dataset)
         results = {"num_seeds": NUM_SEEDS, "labels": labels, "rows": list(rows.values())}
         write_results("breaking", results)  # each time: an hour's work is not lost to a mistake
     draw(rows)

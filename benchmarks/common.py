@@ -1,12 +1,15 @@
 """What the benchmarks share: where things are, on what they were measured, how they are kept."""
 
+import contextlib
 import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +43,22 @@ def state_and_step(dataset, config, num_steps):
     state = grpo_mnist.create_state(config)
     first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
     return state, grpo_mnist.compile_step(state, first_batch, config, num_steps)
+
+
+def command_of(flags):
+    return f"python grpo_mnist.py {flags}".strip()
+
+
+@contextlib.contextmanager
+def finished_run(flags, data_dir, num_seeds):
+    """A run of the program on MNIST: yields its directory, and its metrics epoch by epoch."""
+    with tempfile.TemporaryDirectory() as directory:
+        output_dir = Path(directory) / "run"
+        program = [sys.executable, str(ROOT / "grpo_mnist.py"), *shlex.split(flags)]
+        program += [f"--num-seeds={num_seeds}", f"--output-dir={output_dir}"]
+        program += ["--dataset=mnist", f"--data-dir={data_dir}"]
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+        yield output_dir, [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
 
 
 def final_actor(run_dir, num_seeds):

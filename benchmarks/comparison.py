@@ -12,9 +12,6 @@ test images. Writes results/comparison.json, and the figures algorithms.png and 
 import argparse
 import json
 import shlex
-import subprocess
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, ROOT, grpo_mnist, spread, state_and_step, write_results
+from common import (
+    RESULTS,
+    command_of,
+    finished_run,
+    grpo_mnist,
+    spread,
+    state_and_step,
+    write_results,
+)
 
 NUM_SEEDS = 5
 TIMED_EPOCHS = 7
@@ -53,20 +58,13 @@ SUPERVISED = {
 
 def run(name, flags, data_dir):
     """A row: one command, five seeds, its final figures and its curves."""
-    command = f"python grpo_mnist.py {flags}".strip()
     config = grpo_mnist.parse_flags(shlex.split(flags))
-    with tempfile.TemporaryDirectory() as directory:
-        output_dir = Path(directory) / "run"
-        program = [sys.executable, str(ROOT / "grpo_mnist.py"), *shlex.split(flags)]
-        program += [f"--num-seeds={NUM_SEEDS}", f"--output-dir={output_dir}"]
-        program += ["--dataset=mnist", f"--data-dir={data_dir}"]
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
-        history = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
-        summary = json.loads((output_dir / "summary.json").read_text())
+    with finished_run(flags, data_dir, NUM_SEEDS) as (run_dir, history):
+        summary = json.loads((run_dir / "summary.json").read_text())
     steps = 60_000 // config.batch_size
     row = {
         "name": name,
-        "command": command,
+        "command": command_of(flags),
         "reward_bits": config.num_epochs * steps * config.batch_size * config.num_generations,
         "training_state_bytes": summary["training_state_bytes"],
     }
