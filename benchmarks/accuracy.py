@@ -7,7 +7,6 @@ DIR is as for grpo_mnist.py. Writes results/accuracy.json, the figure learning.p
 picture curves.png of the first run.
 """
 
-import argparse
 import json
 import shlex
 import shutil
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, ROOT, spread, write_results
+from common import RESULTS, ROOT, parse_options, spread, write_results
 
 SEEDS = range(5)
 COMMANDS = {  # on MNIST, where they do not say otherwise
@@ -87,19 +86,13 @@ def draw(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     if options.draw:
         draw(json.loads((RESULTS / "accuracy.json").read_text())["rows"])
         return
-    if options.data_dir is None:
-        parser.error("--data-dir is missing")
-    data_dir = options.data_dir.resolve()
     rows = []
     for name, command in COMMANDS.items():
-        runs = [run(command, seed, data_dir) for seed in SEEDS]
+        runs = [run(command, seed, options.data_dir) for seed in SEEDS]
         row = {
             "name": name,
             "command": command,

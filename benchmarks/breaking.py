@@ -9,12 +9,18 @@ what the labels themselves teach with the values that this exercise usually come
 results/breaking.json, and the figure breaking.png.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
-from common import RESULTS, command_of, final_actor, finished_run, grpo_mnist, write_results
+from common import (
+    RESULTS,
+    command_of,
+    final_actor,
+    finished_run,
+    grpo_mnist,
+    parse_options,
+    write_results,
+)
 from comparison import supervise
 
 PATH = RESULTS / "breaking.json"
@@ -104,10 +110,7 @@ def draw(rows):
         ("no baseline, K = 1", "^-"),
         ("learning rate x 30", "x-"),
     ):
-        curve = 100 * np.array(rows[name]["by_epoch"]["test_accuracy"])  # (epochs, seeds)
-        lines = three.plot(epochs, curve.mean(axis=1), style, ms=4, lw=1.2, label=name)
-        low, high = curve.min(axis=1), curve.max(axis=1)
-        three.fill_between(epochs, low, high, alpha=0.2, color=lines[0].get_color())
+        draw_curve(three, rows[name], style, label=name)
     three.set(title="mean and range of 5 seeds", xlabel="epoch", ylabel="test accuracy (%)")
     three.set(ylim=(0, 100))
     for name, style in (
@@ -116,11 +119,8 @@ def draw(rows):
         ("K = 64", "s-"),
         ("K = 64, no clipping", "x-"),
     ):
-        curve = 100 * np.array(rows[name]["by_epoch"]["test_accuracy"])
         label = "K = 4 (defaults)" if name == "defaults" else name
-        lines = four.plot(epochs, curve.mean(axis=1), style, ms=4, lw=1.2, label=label)
-        low, high = curve.min(axis=1), curve.max(axis=1)
-        four.fill_between(epochs, low, high, alpha=0.2, color=lines[0].get_color())
+        draw_curve(four, rows[name], style, label)
     four.set(title="rounds per batch: mean and range of 5 seeds", xlabel="epoch")
     four.set(ylabel="test accuracy (%)")
     for axes in (one, three, four):
@@ -131,27 +131,29 @@ def draw(rows):
     print("drawn: breaking.png")
 
 
+def draw_curve(axes, row, style, label):
+    """The mean over the seeds, and their range, epoch by epoch."""
+    curves = 100 * np.array(row["by_epoch"]["test_accuracy"])  # (epochs, seeds)
+    epochs = np.arange(1, len(curves) + 1)
+    lines = axes.plot(epochs, curves.mean(axis=1), style, ms=4, lw=1.2, label=label)
+    low, high = curves.min(axis=1), curves.max(axis=1)
+    axes.fill_between(epochs, low, high, alpha=0.2, color=lines[0].get_color())
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--draw", action="store_true")
-    parser.add_argument("--go-on", action="store_true")
-    options = parser.parse_args()
+    options = parse_options(__doc__, "--go-on")
     there = json.loads(PATH.read_text()) if options.draw or options.go_on else {"rows": []}
     if options.draw:
         draw({row["name"]: row for row in there["rows"]})
         return
     same = there.get("versions") == grpo_mnist.library_versions()
     kept = {row["command"]: row for row in there["rows"] if same}
-    if options.data_dir is None:
-        parser.error("--data-dir is missing")
-    data_dir = options.data_dir.resolve()
-    dataset = grpo_mnist.load_dataset("mnist", data_dir)
+    dataset = grpo_mnist.load_dataset("mnist", options.data_dir)
     original = {"learning_rate": 1e-4, "lr_schedule": "constant"}
     labels = supervise("labels, the exercise's original values", original, dataset)
     rows = {}
     for name, flags in RUNS.items():
-        rows[name] = kept.get(command_of(flags)) or run(name, flags, data_dir, dataset)
+        rows[name] = kept.get(command_of(flags)) or run(name, flags, options.data_dir, dataset)
         results = {"num_seeds": NUM_SEEDS, "labels": labels, "rows": list(rows.values())}
         write_results("breaking", results)  # each time: an hour's work is not lost to a mistake
     draw(rows)

@@ -1,5 +1,6 @@
 """What the benchmarks share: where things are, on what they were measured, how they are kept."""
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -20,6 +21,18 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 
 import grpo_mnist  # noqa: E402
+
+
+def parse_options(description, *switches):
+    """--data-dir, without which only --draw can do something; --draw; and further switches."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--data-dir", type=lambda path: Path(path).resolve())
+    for name in ("--draw", *switches):
+        parser.add_argument(name, action="store_true")
+    options = parser.parse_args()
+    if options.data_dir is None and not options.draw:
+        parser.error("--data-dir is missing")
+    return options
 
 
 def describe_machine():

@@ -9,11 +9,9 @@ of them. The strong setting and the one for equal feedback were chosen by tuning
 test images. Writes results/comparison.json, and the figures algorithms.png and strong.png.
 """
 
-import argparse
 import json
 import shlex
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ from common import (
     command_of,
     finished_run,
     grpo_mnist,
+    parse_options,
     spread,
     state_and_step,
     write_results,
@@ -232,17 +231,11 @@ def finish_curves(axes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     if options.draw:
         draw(json.loads((RESULTS / "comparison.json").read_text()))
         return
-    if options.data_dir is None:
-        parser.error("--data-dir is missing")
-    data_dir = options.data_dir.resolve()
-    dataset = grpo_mnist.load_dataset("mnist", data_dir)
+    dataset = grpo_mnist.load_dataset("mnist", options.data_dir)
     seconds = time_epochs([*ALGORITHMS.values(), MANY_ANSWERS, STRONG, EQUAL_FEEDBACK], dataset)
     ratios = [many / one for many, one in zip(seconds[MANY_ANSWERS], seconds[""], strict=True)]
     results = {
@@ -254,7 +247,7 @@ def main():
     results["supervised"] = [supervise(*item, dataset) for item in SUPERVISED.items()]
 
     def measure(name, flags):
-        return run(name, flags, data_dir) | {"epoch_seconds": spread(seconds[flags])}
+        return run(name, flags, options.data_dir) | {"epoch_seconds": spread(seconds[flags])}
 
     results["algorithms"] = [measure(*item) for item in ALGORITHMS.items()]
     results["strong"] = measure("strong setting", STRONG)

@@ -35,13 +35,18 @@ def first_update(dataset):
     rounds = []
     for _ in range(config.num_iterations):
         log_probs = grpo_mnist.log_probs_of(networks.actor(rollout.images), rollout.actions)
-        ratio = jnp.exp(log_probs - rollout.old_log_probs)
-        clipped = jnp.clip(ratio, 1 - config.clip_epsilon, 1 + config.upper_clip_epsilon)
+        slope = jax.grad(grpo_mnist.ppo_clip_loss)(
+            log_probs,
+            rollout.old_log_probs,
+            rollout.advantages,
+            config.clip_epsilon,
+            config.upper_clip_epsilon,
+        )
         gradients, metrics = jax.grad(grpo_mnist.loss_fn, has_aux=True)(networks, rollout, config)
         figures = {
             "probabilities": jnp.exp(log_probs),
-            "ratios": ratio,
-            "held": rollout.advantages * clipped < rollout.advantages * ratio,
+            "ratios": jnp.exp(log_probs - rollout.old_log_probs),
+            "held": slope == 0,
         }
         names = ("loss", "clip_ratio_low", "clip_ratio_high")
         rounds.append(
