@@ -83,358 +83,6 @@ from tensorflow_probability.substrates.jax import distributions as tfd
 # B images in a batch, G answers per image, A = 10 possible answers, K rounds per batch; S seeds.
 
 
-# --- Config: one field per flag -------------------------------------------------------------
-
-
-class UsageError(ValueError):
-    """The user asked for something invalid: a flag, a directory (exit status 2)."""
-
-
-class RunError(RuntimeError):
-    """Something went wrong on the way: data, disk, numbers (exit status 1)."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop (128 + its number); arguments: the number, the directory."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What a run does; a flag is a field with dashes.
-
-    Raises UsageError, naming flag, value and rule, for a value of the wrong type, not finite or
-    out of range, and for combinations that cannot work.
-    """
-
-    # What to read; auto is MNIST if it can be had, else scikit-learn's digits.
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    # Where the data are kept, as tensorflow-datasets does it; the default is $TFDS_DATA_DIR.
-    data_dir: Path = dataclasses.field(
-        default_factory=lambda: Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    )
-    num_epochs: int = 10  # Passes over the training images.
-    batch_size: int = 1024  # B, images per step; by default the group is all their answers.
-    num_generations: int = 1  # G, answers sampled per image.
-    num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
-    num_minibatches: int = 1  # Minibatches per round, the same in each; one Adam update each.
-    learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
-    lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
-    clip_epsilon: float = 0.2  # PPO's epsilon: beyond 1 +- epsilon, a ratio gains nothing more.
-    clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound; None: the same.
-    # Subtracted from a reward: the mean over the batch, over the image's own answers (GRPO) or over
-    # its other answers (RLOO), a moving average, a critic's value (PPO), or nothing (REINFORCE).
-    baseline: Literal["batch", "group", "loo", "ema", "critic", "none"] = "batch"
-    # Divides it: the standard deviation over the batch or over the image's own answers, or nothing
-    # (Dr. GRPO).
-    scale_rewards: Literal["batch", "group", "none"] = "batch"
-    beta: float = 0.0  # Weight of KL(policy, reference), the reference being the actor at first.
-    # Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must.
-    kl_estimator: Literal["exact", "k3"] = "exact"
-    ref_sync_epochs: int = 0  # Make the reference the current actor every so many epochs; 0: never.
-    entropy_coef: float = 0.0  # Weight of a bonus for undecided answers.
-    dynamic_sampling: bool = False  # DAPO: average over the groups that carry a signal only.
-    seed: int = 0  # Decides the weights, the order of the images and every sampled answer.
-    num_seeds: int = 1  # Independent runs, seed and those after it, in one compiled program.
-    output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
-    # Continue the run in this directory; its own config holds, and other flags may not contradict.
-    resume: Path | None = None
-    # Several hosts: host:port of process 0, how many processes there are, and which one this is,
-    # from 0. On clusters that JAX knows, such as Slurm's, it finds out; 1 process then runs alone.
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if has_type(Path(), field.type) and isinstance(value, str | Path):
-                object.__setattr__(self, field.name, Path(os.path.expanduser(value)))
-            elif not has_type(value, field.type):
-                raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
-        for name, allowed, rule in self.rules():
-            if not allowed and (name in PLACE or not self.resume):
-                raise UsageError(f"{flag(name)} {getattr(self, name)} must be {rule}")
-
-    def rules(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields (field, whether its value is allowed, what it must be)."""
-        for name, value in vars(self).items():
-            fits = not isinstance(value, int | float) or abs(value) < 3.4e38
-            yield name, fits, "a finite number, within float32"
-        for name in ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_seeds"):
-            yield name, getattr(self, name) >= 1, "1 or more"
-        sizes = "--batch-size x --num-generations x --num-seeds is to stay below 2**31"
-        answers = self.batch_size * self.num_generations
-        yield "num_generations", answers * self.num_seeds < 2**31, f"smaller: {sizes}"
-        alone = "2 or more: a group of one learns nothing"
-        by_batch = "batch" in (self.baseline, self.scale_rewards)
-        yield "batch_size", answers > 1 or not by_batch, alone
-        several = self.num_generations > 1 or not self.compares_answers
-        names = f"--baseline {self.baseline} with --scale-rewards {self.scale_rewards}"
-        yield "num_generations", several, f"2 or more: {names} compares the answers to an image"
-        useful = self.compares_answers or not self.dynamic_sampling
-        groups = "--baseline is group or loo, or --scale-rewards group"
-        yield "dynamic_sampling", useful, f"off unless {groups}"
-        pieces = self.num_minibatches
-        fits = pieces >= 1 and self.batch_size % pieces == 0
-        yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
-        updates = self.num_iterations * pieces
-        yield "num_iterations", updates < 2**31, "smaller: it x --num-minibatches is below 2**31"
-        yield "learning_rate", np.float32(self.learning_rate) > 0, "above 0, in float32 too"
-        yield "clip_epsilon", 0 < self.clip_epsilon < 1, "above 0 and below 1"
-        yield "clip_epsilon_high", self.upper_clip_epsilon > 0, "above 0"
-        for name in ("beta", "ref_sync_epochs", "entropy_coef"):
-            yield name, getattr(self, name) >= 0, "0 or more"
-        for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
-            useful = self.beta > 0 or getattr(self, name) == unused
-            yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
-        yield "seed", 0 <= self.seed <= 2**32 - self.num_seeds, "0 or more, the last below 2**32"
-        address, number, count = self.coordinator_address, self.process_id, self.num_processes
-        fits = address is None or re.fullmatch(r".+:\d+", address)
-        yield "coordinator_address", fits, "host:port"
-        yield "num_processes", count is None or count >= 1, "1 or more"
-        fits = number is None or 0 <= number < (count or math.inf)
-        yield "process_id", fits, f"0 or more, and below --num-processes {count}"
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.num_seeds)
-
-    @property
-    def compares_answers(self) -> bool:
-        """Whether a group is the answers to one image, rather than those of a batch."""
-        return bool({"group", "loo"} & {self.baseline, self.scale_rewards})
-
-    @property
-    def upper_clip_epsilon(self) -> float:
-        """clip_epsilon_high, or clip_epsilon where that is None."""
-        return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
-
-
-# Fields that may be others when a run is resumed: its place affects the rounding at most.
-PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
-
-
-def flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
-def has_type(value: Any, annotation: Any) -> bool:
-    """Whether a Config field may hold the value; a bool is not an int, but an int is a float."""
-    kinds = typing.get_args(annotation) or (annotation,)
-    if typing.get_origin(annotation) is Literal:
-        return value in kinds
-    is_path = isinstance(value, Path) and Path in kinds
-    return is_path or type(value) in kinds or (type(value) is int and float in kinds)
-
-
-# --- Data: files, verified; batches ---------------------------------------------------------
-
-
-class DataUnavailable(RunError):
-    """The files are neither on this machine nor to be had from the network."""
-
-
-class Dataset(NamedTuple):
-    """Images uint8 (N, 784), grey values 0 to 255; labels int32 (N,), 0 to 9."""
-
-    name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Reads a data set, named as by its flag, from data_dir; downloads it there if it is missing.
-
-    Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network),
-    RunError if a file is not what it should be, UsageError if data_dir is not a directory.
-    """
-    return find_dataset(name, Path(data_dir))()
-
-
-def find_dataset(name: str, data_dir: Path) -> Callable[[], Dataset]:
-    """Finds the files, or downloads them, and returns a function that checks and reads them.
-
-    That function may be called in a thread, since it imports nothing: while tensorflow-datasets is
-    being imported, it replaces Python's own import, and what JAX imports beside it may fail.
-    """
-    if name == "digits":
-        return find_digits()
-    try:
-        return find_idx_files("mnist" if name == "auto" else name, data_dir)
-    except DataUnavailable as reason:
-        if name != "auto":
-            raise
-        say(f"NOTICE: {reason}")
-        say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
-        return find_digits()
-
-
-def find_idx_files(name: str, data_dir: Path) -> Callable[[], Dataset]:
-    """As find_dataset, for the four files of MNIST or of one of its relatives.
-
-    tensorflow-datasets knows their addresses and checksums and keeps them; its own reader would
-    need TensorFlow, so NumPy decodes them.
-    """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.resource import get_dl_fname
-
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir} is not a directory; name another")
-    downloads = data_dir / "downloads"
-    url_infos = tfds.builder_cls(name).url_infos
-    paths = {}
-    for url, info in sorted(url_infos.items()):
-        by_hand = downloads / "manual" / info.filename
-        cached = downloads / name / get_dl_fname(url, info.checksum)
-        paths[url] = by_hand if by_hand.exists() else cached
-    here = [url for url in paths if paths[url].exists()]
-    if missing := [url for url in paths if url not in here]:
-        for url in here:  # checked before a network is asked for the others
-            read_idx_file(paths[url], url, url_infos[url])
-        download(name, missing, url_infos, downloads)
-    return partial(read_idx_files, name, paths, url_infos)
-
-
-def read_idx_files(name: str, paths: dict[str, Path], url_infos: dict[str, Any]) -> Dataset:
-    """Reads four files, given by their addresses in order: those of the test set come first."""
-    in_order = [read_idx_file(paths[url], url, url_infos[url]) for url in paths]
-    images = [array.reshape(-1, 784) for array in in_order[::2]]
-    labels = [array.astype(np.int32) for array in in_order[1::2]]
-    return Dataset(name, images[1], labels[1], images[0], labels[0])
-
-
-def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: Path) -> None:
-    """Fetches files through tensorflow-datasets, which checks them, into its own cache.
-
-    They arrive in a temporary directory, so that nothing half-written is ever found there.
-    """
-    import requests
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-
-    failures = (requests.RequestException, tfds.download.DownloadError, NonMatchingChecksumError)
-    if not (failure := why_unreachable(urls[0])):
-        (downloads / name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=downloads) as arriving:
-            try:
-                manager = tfds.download.DownloadManager(
-                    download_dir=arriving, url_infos=url_infos, dataset_name=name
-                )
-                for url in urls:  # one by one: when one fails, no other is being written
-                    manager.download(url)
-                for path in Path(arriving, name).iterdir():
-                    path.replace(downloads / name / path.name)
-            except failures as error:
-                failure = first_line(error)
-    if failure:
-        files = ", ".join(url_infos[url].filename for url in urls)
-        raise DataUnavailable(
-            f"{name} cannot be had: {failure}; connect to the network, or fetch {files} from"
-            f" {os.path.dirname(urls[0])}/ and put them into {downloads / 'manual'}"
-        )
-
-
-def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
-    """None if the server answers in time, else the reason in a few words.
-
-    Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in
-    a thread, since looking up a name has none either.
-    """
-    import requests
-
-    def ask() -> str | None:
-        try:
-            response = requests.head(url, timeout=seconds, allow_redirects=True)
-        except OSError as error:  # which requests' own exceptions are
-            return f"no connection to {url} ({type(error).__name__})"
-        return None if response.ok else f"HTTP status {response.status_code} from {url}"
-
-    try:
-        return in_background(ask).result(timeout=seconds)
-    except TimeoutError:
-        return f"no answer from {url} in {seconds:.0f} s"
-
-
-def in_background(function: Callable) -> Future:
-    """Calls the function in a thread, which does not keep the program from ending."""
-    future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
-    """Decodes a gzipped IDX file of bytes, if its SHA-256 is the registered one.
-
-    IDX: two zero bytes, the element type, the number of dimensions, each dimension as a
-    big-endian int32, the elements.
-    """
-    try:
-        packed = path.read_bytes()
-        digest = hashlib.sha256(packed).hexdigest()
-        found = f"{len(packed):,} bytes with SHA-256 {digest}"
-    except OSError as error:
-        digest, found = None, error.strerror
-    if digest != info.checksum:
-        raise RunError(
-            f"{path} is not the file that it should be: expected {int(info.size):,} bytes with"
-            f" SHA-256 {info.checksum}, found: {found}; remove it (another data set needs another"
-            f" --data-dir) and run again, connected to the network or with {url} saved in its place"
-        )
-    content = gzip.decompress(packed)
-    num_dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
-
-
-def find_digits() -> Callable[[], Dataset]:
-    """As find_dataset, for scikit-learn's digits."""
-    from sklearn import datasets
-
-    return partial(enlarge_digits, *datasets.load_digits(return_X_y=True))
-
-
-def enlarge_digits(small_images: np.ndarray, labels: np.ndarray) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, enlarged to 24x24 in a margin of 2.
-
-    The last 360 are the test set; the others are in the training set, in all 25 shifts of up to
-    2 pixels.
-    """
-    images = np.kron(small_images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
-    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
-    labels = labels.astype(np.int32)
-    shifts = list(itertools.product(range(-2, 3), repeat=2))
-    shifted_images = [np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts]
-    return Dataset(
-        "digits",
-        np.concatenate(shifted_images).reshape(-1, 784),
-        np.tile(labels[:-360], len(shifts)),
-        images[-360:].reshape(-1, 784),
-        labels[-360:],
-    )
-
-
-def batches(dataset: Dataset, config: Config, epoch: int) -> Iterator[tuple]:
-    """Yields an epoch's full batches, images (S, B, 784) and labels (S, B), of the training set.
-
-    Each seed has an order of its own, which depends on (seed, epoch) alone. The images that do
-    not fill a batch are left over, other ones in each epoch.
-    """
-    num_images = len(dataset.train_images)
-    orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
-    for start in range(0, num_images - config.batch_size + 1, config.batch_size):
-        chosen = np.stack([order[start : start + config.batch_size] for order in orders])
-        yield dataset.train_images.take(chosen, axis=0), dataset.train_labels.take(chosen)
-
-
 # --- Actor: the policy ----------------------------------------------------------------------
 
 
@@ -732,6 +380,150 @@ def predict(actor, images):
     """The likeliest answer to each image, and its probability: uint8 (N, 784) -> (N,), (N,)."""
     policy = actor(images.astype(jnp.float32) / 255)
     return policy.mode(), policy.probs_parameter().max(axis=-1)
+
+
+# --- Config: one field per flag -------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """The user asked for something invalid: a flag, a directory (exit status 2)."""
+
+
+class RunError(RuntimeError):
+    """Something went wrong on the way: data, disk, numbers (exit status 1)."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop (128 + its number); arguments: the number, the directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run does; a flag is a field with dashes.
+
+    Raises UsageError, naming flag, value and rule, for a value of the wrong type, not finite or
+    out of range, and for combinations that cannot work.
+    """
+
+    # What to read; auto is MNIST if it can be had, else scikit-learn's digits.
+    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
+    # Where the data are kept, as tensorflow-datasets does it; the default is $TFDS_DATA_DIR.
+    data_dir: Path = dataclasses.field(
+        default_factory=lambda: Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    )
+    num_epochs: int = 10  # Passes over the training images.
+    batch_size: int = 1024  # B, images per step; by default the group is all their answers.
+    num_generations: int = 1  # G, answers sampled per image.
+    num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
+    num_minibatches: int = 1  # Minibatches per round, the same in each; one Adam update each.
+    learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
+    clip_epsilon: float = 0.2  # PPO's epsilon: beyond 1 +- epsilon, a ratio gains nothing more.
+    clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound; None: the same.
+    # Subtracted from a reward: the mean over the batch, over the image's own answers (GRPO) or over
+    # its other answers (RLOO), a moving average, a critic's value (PPO), or nothing (REINFORCE).
+    baseline: Literal["batch", "group", "loo", "ema", "critic", "none"] = "batch"
+    # Divides it: the standard deviation over the batch or over the image's own answers, or nothing
+    # (Dr. GRPO).
+    scale_rewards: Literal["batch", "group", "none"] = "batch"
+    beta: float = 0.0  # Weight of KL(policy, reference), the reference being the actor at first.
+    # Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must.
+    kl_estimator: Literal["exact", "k3"] = "exact"
+    ref_sync_epochs: int = 0  # Make the reference the current actor every so many epochs; 0: never.
+    entropy_coef: float = 0.0  # Weight of a bonus for undecided answers.
+    dynamic_sampling: bool = False  # DAPO: average over the groups that carry a signal only.
+    seed: int = 0  # Decides the weights, the order of the images and every sampled answer.
+    num_seeds: int = 1  # Independent runs, seed and those after it, in one compiled program.
+    output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
+    # Continue the run in this directory; its own config holds, and other flags may not contradict.
+    resume: Path | None = None
+    # Several hosts: host:port of process 0, how many processes there are, and which one this is,
+    # from 0. On clusters that JAX knows, such as Slurm's, it finds out; 1 process then runs alone.
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if has_type(Path(), field.type) and isinstance(value, str | Path):
+                object.__setattr__(self, field.name, Path(os.path.expanduser(value)))
+            elif not has_type(value, field.type):
+                raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
+        for name, allowed, rule in self.rules():
+            if not allowed and (name in PLACE or not self.resume):
+                raise UsageError(f"{flag(name)} {getattr(self, name)} must be {rule}")
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields (field, whether its value is allowed, what it must be)."""
+        for name, value in vars(self).items():
+            fits = not isinstance(value, int | float) or abs(value) < 3.4e38
+            yield name, fits, "a finite number, within float32"
+        for name in ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_seeds"):
+            yield name, getattr(self, name) >= 1, "1 or more"
+        sizes = "--batch-size x --num-generations x --num-seeds is to stay below 2**31"
+        answers = self.batch_size * self.num_generations
+        yield "num_generations", answers * self.num_seeds < 2**31, f"smaller: {sizes}"
+        alone = "2 or more: a group of one learns nothing"
+        by_batch = "batch" in (self.baseline, self.scale_rewards)
+        yield "batch_size", answers > 1 or not by_batch, alone
+        several = self.num_generations > 1 or not self.compares_answers
+        names = f"--baseline {self.baseline} with --scale-rewards {self.scale_rewards}"
+        yield "num_generations", several, f"2 or more: {names} compares the answers to an image"
+        useful = self.compares_answers or not self.dynamic_sampling
+        groups = "--baseline is group or loo, or --scale-rewards group"
+        yield "dynamic_sampling", useful, f"off unless {groups}"
+        pieces = self.num_minibatches
+        fits = pieces >= 1 and self.batch_size % pieces == 0
+        yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
+        updates = self.num_iterations * pieces
+        yield "num_iterations", updates < 2**31, "smaller: it x --num-minibatches is below 2**31"
+        yield "learning_rate", np.float32(self.learning_rate) > 0, "above 0, in float32 too"
+        yield "clip_epsilon", 0 < self.clip_epsilon < 1, "above 0 and below 1"
+        yield "clip_epsilon_high", self.upper_clip_epsilon > 0, "above 0"
+        for name in ("beta", "ref_sync_epochs", "entropy_coef"):
+            yield name, getattr(self, name) >= 0, "0 or more"
+        for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
+            useful = self.beta > 0 or getattr(self, name) == unused
+            yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
+        yield "seed", 0 <= self.seed <= 2**32 - self.num_seeds, "0 or more, the last below 2**32"
+        address, number, count = self.coordinator_address, self.process_id, self.num_processes
+        fits = address is None or re.fullmatch(r".+:\d+", address)
+        yield "coordinator_address", fits, "host:port"
+        yield "num_processes", count is None or count >= 1, "1 or more"
+        fits = number is None or 0 <= number < (count or math.inf)
+        yield "process_id", fits, f"0 or more, and below --num-processes {count}"
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether a group is the answers to one image, rather than those of a batch."""
+        return bool({"group", "loo"} & {self.baseline, self.scale_rewards})
+
+    @property
+    def upper_clip_epsilon(self) -> float:
+        """clip_epsilon_high, or clip_epsilon where that is None."""
+        return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
+
+
+# Fields that may be others when a run is resumed: its place affects the rounding at most.
+PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
+
+
+def flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def has_type(value: Any, annotation: Any) -> bool:
+    """Whether a Config field may hold the value; a bool is not an int, but an int is a float."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if typing.get_origin(annotation) is Literal:
+        return value in kinds
+    is_path = isinstance(value, Path) and Path in kinds
+    return is_path or type(value) in kinds or (type(value) is int and float in kinds)
 
 
 # --- Main loop ------------------------------------------------------------------------------
@@ -1065,6 +857,214 @@ class StopRequest:
         if stop:
             self.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
         return self.stopped_by is None
+
+
+# --- Data: files, verified; batches ---------------------------------------------------------
+
+
+class DataUnavailable(RunError):
+    """The files are neither on this machine nor to be had from the network."""
+
+
+class Dataset(NamedTuple):
+    """Images uint8 (N, 784), grey values 0 to 255; labels int32 (N,), 0 to 9."""
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load_dataset(name: str, data_dir: Path) -> Dataset:
+    """Reads a data set, named as by its flag, from data_dir; downloads it there if it is missing.
+
+    Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network),
+    RunError if a file is not what it should be, UsageError if data_dir is not a directory.
+    """
+    return find_dataset(name, Path(data_dir))()
+
+
+def find_dataset(name: str, data_dir: Path) -> Callable[[], Dataset]:
+    """Finds the files, or downloads them, and returns a function that checks and reads them.
+
+    That function may be called in a thread, since it imports nothing: while tensorflow-datasets is
+    being imported, it replaces Python's own import, and what JAX imports beside it may fail.
+    """
+    if name == "digits":
+        return find_digits()
+    try:
+        return find_idx_files("mnist" if name == "auto" else name, data_dir)
+    except DataUnavailable as reason:
+        if name != "auto":
+            raise
+        say(f"NOTICE: {reason}")
+        say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
+        return find_digits()
+
+
+def find_idx_files(name: str, data_dir: Path) -> Callable[[], Dataset]:
+    """As find_dataset, for the four files of MNIST or of one of its relatives.
+
+    tensorflow-datasets knows their addresses and checksums and keeps them; its own reader would
+    need TensorFlow, so NumPy decodes them.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.resource import get_dl_fname
+
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir} is not a directory; name another")
+    downloads = data_dir / "downloads"
+    url_infos = tfds.builder_cls(name).url_infos
+    paths = {}
+    for url, info in sorted(url_infos.items()):
+        by_hand = downloads / "manual" / info.filename
+        cached = downloads / name / get_dl_fname(url, info.checksum)
+        paths[url] = by_hand if by_hand.exists() else cached
+    here = [url for url in paths if paths[url].exists()]
+    if missing := [url for url in paths if url not in here]:
+        for url in here:  # checked before a network is asked for the others
+            read_idx_file(paths[url], url, url_infos[url])
+        download(name, missing, url_infos, downloads)
+    return partial(read_idx_files, name, paths, url_infos)
+
+
+def read_idx_files(name: str, paths: dict[str, Path], url_infos: dict[str, Any]) -> Dataset:
+    """Reads four files, given by their addresses in order: those of the test set come first."""
+    in_order = [read_idx_file(paths[url], url, url_infos[url]) for url in paths]
+    images = [array.reshape(-1, 784) for array in in_order[::2]]
+    labels = [array.astype(np.int32) for array in in_order[1::2]]
+    return Dataset(name, images[1], labels[1], images[0], labels[0])
+
+
+def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: Path) -> None:
+    """Fetches files through tensorflow-datasets, which checks them, into its own cache.
+
+    They arrive in a temporary directory, so that nothing half-written is ever found there.
+    """
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+    failures = (requests.RequestException, tfds.download.DownloadError, NonMatchingChecksumError)
+    if not (failure := why_unreachable(urls[0])):
+        (downloads / name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=downloads) as arriving:
+            try:
+                manager = tfds.download.DownloadManager(
+                    download_dir=arriving, url_infos=url_infos, dataset_name=name
+                )
+                for url in urls:  # one by one: when one fails, no other is being written
+                    manager.download(url)
+                for path in Path(arriving, name).iterdir():
+                    path.replace(downloads / name / path.name)
+            except failures as error:
+                failure = first_line(error)
+    if failure:
+        files = ", ".join(url_infos[url].filename for url in urls)
+        raise DataUnavailable(
+            f"{name} cannot be had: {failure}; connect to the network, or fetch {files} from"
+            f" {os.path.dirname(urls[0])}/ and put them into {downloads / 'manual'}"
+        )
+
+
+def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
+    """None if the server answers in time, else the reason in a few words.
+
+    Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in
+    a thread, since looking up a name has none either.
+    """
+    import requests
+
+    def ask() -> str | None:
+        try:
+            response = requests.head(url, timeout=seconds, allow_redirects=True)
+        except OSError as error:  # which requests' own exceptions are
+            return f"no connection to {url} ({type(error).__name__})"
+        return None if response.ok else f"HTTP status {response.status_code} from {url}"
+
+    try:
+        return in_background(ask).result(timeout=seconds)
+    except TimeoutError:
+        return f"no answer from {url} in {seconds:.0f} s"
+
+
+def in_background(function: Callable) -> Future:
+    """Calls the function in a thread, which does not keep the program from ending."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
+    """Decodes a gzipped IDX file of bytes, if its SHA-256 is the registered one.
+
+    IDX: two zero bytes, the element type, the number of dimensions, each dimension as a
+    big-endian int32, the elements.
+    """
+    try:
+        packed = path.read_bytes()
+        digest = hashlib.sha256(packed).hexdigest()
+        found = f"{len(packed):,} bytes with SHA-256 {digest}"
+    except OSError as error:
+        digest, found = None, error.strerror
+    if digest != info.checksum:
+        raise RunError(
+            f"{path} is not the file that it should be: expected {int(info.size):,} bytes with"
+            f" SHA-256 {info.checksum}, found: {found}; remove it (another data set needs another"
+            f" --data-dir) and run again, connected to the network or with {url} saved in its place"
+        )
+    content = gzip.decompress(packed)
+    num_dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+
+
+def find_digits() -> Callable[[], Dataset]:
+    """As find_dataset, for scikit-learn's digits."""
+    from sklearn import datasets
+
+    return partial(enlarge_digits, *datasets.load_digits(return_X_y=True))
+
+
+def enlarge_digits(small_images: np.ndarray, labels: np.ndarray) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, enlarged to 24x24 in a margin of 2.
+
+    The last 360 are the test set; the others are in the training set, in all 25 shifts of up to
+    2 pixels.
+    """
+    images = np.kron(small_images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    shifts = list(itertools.product(range(-2, 3), repeat=2))
+    shifted_images = [np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts]
+    return Dataset(
+        "digits",
+        np.concatenate(shifted_images).reshape(-1, 784),
+        np.tile(labels[:-360], len(shifts)),
+        images[-360:].reshape(-1, 784),
+        labels[-360:],
+    )
+
+
+def batches(dataset: Dataset, config: Config, epoch: int) -> Iterator[tuple]:
+    """Yields an epoch's full batches, images (S, B, 784) and labels (S, B), of the training set.
+
+    Each seed has an order of its own, which depends on (seed, epoch) alone. The images that do
+    not fill a batch are left over, other ones in each epoch.
+    """
+    num_images = len(dataset.train_images)
+    orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
+    for start in range(0, num_images - config.batch_size + 1, config.batch_size):
+        chosen = np.stack([order[start : start + config.batch_size] for order in orders])
+        yield dataset.train_images.take(chosen, axis=0), dataset.train_labels.take(chosen)
 
 
 # --- Checkpoints ----------------------------------------------------------------------------
