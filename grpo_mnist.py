@@ -1,93 +1,69 @@
 """Teach a small network to read handwritten digits by trial and error, with GRPO.
 
-The network looks at an image, guesses a digit, and hears "right" or "wrong"; it never
-sees a label. Group Relative Policy Optimization (GRPO) turns that into a gradient: it is
-PPO without the critic, where a guess counts as good if it did better than its group did
-on average. One step on a batch:
+The network looks at an image, answers with a digit, and hears "right" or "wrong"; it never sees a
+label. Group Relative Policy Optimization (GRPO) turns that into a gradient. It is PPO without the
+critic: an answer counts as good if it did better than its group did on average. One step:
 
-    sample answers -> rewards -> group advantages -> several rounds of the PPO-clip loss
+    sample answers -> rewards -> group advantages -> K rounds of the PPO-clip loss
 
-How this departs from the paper that introduced GRPO (DeepSeekMath, arXiv 2402.03300,
-section 4.1), and why:
+B is the number of images in a batch, G of answers per image, A = 10 of possible answers.
 
-    group      there, G answers to one question; here, by default, one answer to each image
-               of a batch, and the batch is the group. That is a good baseline, but blind to
-               how hard an image is: batch-standardised REINFORCE in PPO's clothes
-    KL term    there, always on, as the k3 estimate; here, off by default, and exact, since
-               ten answers can be summed over
-    episode    there, a text of many tokens; here, one guess, so that a ratio per token and a
-               ratio per answer are the same thing
-    reward     there, a learned reward model; here, a rule, as in DeepSeek-R1-Zero
+            the paper that introduced GRPO (*)   here
+    group   G answers to one question            the answers to all images of a batch, or with
+                                                 --baseline group the G answers to an image
+    KL      always, estimated by k3              off by default; the exact sum
+    answer  a text of many tokens                one digit, and so one ratio
+    reward  a learned model                      a rule, as in DeepSeek-R1-Zero
 
-    python grpo_mnist.py                      the defaults: MNIST, or digits without network
-    python grpo_mnist.py --help               every flag
-    python grpo_mnist.py --num-generations 8 --num-iterations 8 --learning-rate 2e-3
-
-The defaults, 10 epochs of MNIST on two CPU cores: in the last epoch 97.8% of the sampled answers
-are right, and then 97.2% of the test images, after 16 s in all (medians of five seeds;
-benchmarks/results/accuracy.json).
+(*) DeepSeekMath, arXiv 2402.03300, section 4.1. The default, with the batch as group, is REINFORCE
+on batch-standardised rewards with PPO's clip; it does not see how hard an image is. 10 epochs of
+MNIST take 16 s on two CPU cores (medians of five seeds): 97.8% of the sampled answers of the last
+epoch are right, and 97.2% of the test images.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import gzip
 import hashlib
 import io
 import itertools
 import json
-import math
+import multiprocessing.pool
 import os
-import platform
-import re
 import shlex
 import signal
 import sys
-import tempfile
-import threading
 import time
-import traceback
-import typing
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-
-def stop_at_once(number, _):
-    if os.isatty(1):
-        os.write(1, b"\x1b[?25h")  # the progress bar has hidden the cursor
-    os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}\n".encode())
-    os._exit(128 + number)
-
-
-if __name__ == "__main__":  # before the slow imports, so that a signal during them is one line too
-    signal.signal(signal.SIGINT, stop_at_once)
-    signal.signal(signal.SIGTERM, stop_at_once)
+if __name__ == "__main__":  # A signal during the slow imports ends the program at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import requests
+import tensorflow_datasets as tfds
 import tyro
+from filelock import FileLock, Timeout
 from flax import nnx
+from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from tensorflow_probability.substrates.jax import distributions as tfd
 
-# B images in a batch, G answers per image, A = 10 possible answers, K rounds per batch; S seeds.
-
-
-# --- Actor: the policy ----------------------------------------------------------------------
+# --- Policy ---------------------------------------------------------------------------------
 
 
 class Network(nnx.Module):
-    """in_features -> 128 -> ReLU -> 128 -> ReLU -> out_features, of float32 (B, in_features)."""
+    """in_features -> 128 -> ReLU -> 128 -> ReLU -> out_features; takes float32 (B, in_features)."""
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
         self.hidden_1 = nnx.Linear(in_features, 128, rngs=rngs)
@@ -103,40 +79,35 @@ class Network(nnx.Module):
 class Actor(Network):
     """The policy: for each of B images, grey values 0 to 1, a distribution over A answers.
 
-    Network with a logit for each answer: 118,282 parameters for 784 features and 10 answers.
+    It has 118,282 parameters for 784 features and 10 answers.
     """
 
     def __call__(self, images: jax.Array) -> tfd.Categorical:
         return tfd.Categorical(logits=super().__call__(images))
 
 
-def sample_answers(policy, num_generations, key):
-    """G answers to each image, drawn from its distribution -> int32 (B, G).
+class Critic(Network):
+    """PPO's value network, 117,121 parameters: the reward to expect for B images -> (B, 1)."""
 
-    By inverse transform sampling: the answer at which the probabilities, added up, pass a uniform
-    random number. That takes one random number an answer; policy.sample takes ten.
+
+def sample_answers(policy, num_generations, key):
+    """Draws G answers to each image from the policy -> int32 (B, G).
+
+    By inverse transform sampling: the answer is the number of cumulative probabilities that are at
+    most a uniform random number. policy.sample would draw ten random numbers per answer.
     """
     cumulative = jnp.cumsum(policy.probs_parameter(), axis=1)  # (B, A)
-    uniform = jax.random.uniform(key, (len(cumulative), num_generations, 1))
+    uniform = jax.random.uniform(key, (len(cumulative), num_generations, 1))  # (B, G, 1)
     return (uniform >= cumulative[:, None, :-1]).sum(axis=2)
 
 
 def log_probs_of(policy, actions):
     """log pi(action | image) of actions int (B, G) -> float32 (B, G)."""
-    log_probs = jax.nn.log_softmax(policy.logits)  # (B, A), once for all the answers
+    log_probs = jax.nn.log_softmax(policy.logits)  # (B, A)
     return jnp.take_along_axis(log_probs, actions, axis=1)
 
 
-class Critic(Network):
-    """PPO's value network: the reward to expect for each of B images -> float32 (B, 1).
-
-    Only baseline="critic" has one: 117,121 parameters more, what GRPO does without.
-    """
-
-
 # --- Rewards and advantages -----------------------------------------------------------------
-
-BATCH, IMAGE = (0, 1), 1  # what makes up a group: these axes of rewards (B, G)
 
 
 @jax.jit
@@ -145,61 +116,78 @@ def calculate_rewards(actions, labels):
     return (actions == labels[:, None]).astype(jnp.float32)
 
 
+# The axes of rewards (B, G) over which a group extends: the batch, or the answers to an image.
+BATCH, IMAGE = (0, 1), 1
+
+
+class Statistic(NamedTuple):
+    """A baseline or a scale: a function of rewards (B, G), and the group over which it is taken.
+
+    In a group whose rewards are all equal, the advantages are exactly 0.
+    """
+
+    function: Callable  # Its result broadcasts to (B, G).
+    group: Any  # BATCH, IMAGE, or None if it compares no rewards
+
+
+def mean_of_others(rewards, expected):
+    """The mean of the image's other G - 1 rewards, in terms of the mean of all G -> (B, G)."""
+    mean = rewards.mean(axis=IMAGE, keepdims=True)
+    return mean - (rewards - mean) / (rewards.shape[IMAGE] - 1)
+
+
+BASELINES = {  # What is subtracted from a reward; expected is a moving average, or V(image).
+    "batch": Statistic(lambda rewards, expected: rewards.mean(), BATCH),
+    "group": Statistic(lambda rewards, expected: rewards.mean(IMAGE, keepdims=True), IMAGE),
+    "loo": Statistic(mean_of_others, IMAGE),
+    "ema": Statistic(lambda rewards, expected: expected, None),
+    "critic": Statistic(lambda rewards, expected: expected, None),
+    "none": Statistic(lambda rewards, expected: 0.0, None),
+}
+SCALES = {  # What the difference is divided by.
+    "batch": Statistic(lambda rewards: rewards.std() + 1e-8, BATCH),
+    "group": Statistic(lambda rewards: rewards.std(IMAGE, keepdims=True) + 1e-8, IMAGE),
+    "none": Statistic(lambda rewards: 1.0, None),
+}
+
+
 @partial(jax.jit, static_argnames=("baseline", "scale_rewards"))
 def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     """How much better than expected each answer did: any real rewards (B, G) -> float32 (B, G).
 
-    (r - baseline) / (deviation + 1e-8). "group" for both is GRPO (DeepSeekMath, arXiv 2402.03300,
-    section 4.1.2; the 1e-8 is added), "loo" without deviation RLOO (arXiv 2402.14740), "group"
-    without it Dr. GRPO (arXiv 2503.20783, section 3.2); with "batch" the batch is the group. "ema"
-    and "critic" alone subtract expected_rewards: a moving average (), or values (B, 1). A group of
-    equal rewards gets exactly 0 where its mean or deviation is used. ValueError for other names.
+    (reward - baseline) / scale, by the tables above. "group" for both is GRPO (DeepSeekMath, arXiv
+    2402.03300, section 4.1.2, which has no 1e-8), "group" without scale Dr. GRPO (arXiv 2503.20783,
+    section 3.2), "loo" without scale RLOO (arXiv 2402.14740). expected_rewards is the moving
+    average () of "ema", or the values (B, 1) of "critic".
 
-    The deviation is a population one (ddof=0), of the rewards before anything is subtracted. What
-    is one number for all rewards that share a deviation leaves it as it is: taken after, it would
-    be another only for "loo", and over a batch for "group" and "critic". The moving average of
-    "ema" is one of rewards as they are; of rewards divided first it would be another.
+    Deviations are population ones (ddof=0), of the rewards before the subtraction: afterwards, they
+    would be others for "critic", "loo" and, over a batch, "group". The average of "ema" is one of
+    rewards before the division. KeyError for an unknown name, ValueError for another shape.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
-    own_mean = rewards.mean(axis=IMAGE, keepdims=True)
-    num_others = rewards.shape[1] - 1
-    baselines = {
-        "batch": rewards.mean(),
-        "group": own_mean,
-        "loo": own_mean - (rewards - own_mean) / num_others,  # the mean of the other answers
-        "ema": expected_rewards,
-        "critic": expected_rewards,
-        "none": 0.0,
-    }
-    scales = {
-        "batch": rewards.std() + 1e-8,
-        "group": rewards.std(axis=IMAGE, keepdims=True) + 1e-8,
-        "none": 1.0,
-    }
-    if baseline not in baselines or scale_rewards not in scales:
-        raise ValueError(f"baseline {baseline!r} or scale_rewards {scale_rewards!r} is unknown")
-    advantages = (rewards - baselines[baseline]) / scales[scale_rewards]
-    # Equal rewards must give 0 even where rounding puts their mean beside them.
-    for name, axes in (("batch", BATCH), ("group", IMAGE), ("loo", IMAGE)):
-        if name in (baseline, scale_rewards):
-            advantages = jnp.where(all_equal(rewards, axes), 0.0, advantages)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must have the shape (B, G), not {rewards.shape}")
+    base, scale = BASELINES[baseline], SCALES[scale_rewards]
+    advantages = (rewards - base.function(rewards, expected_rewards)) / scale.function(rewards)
+    for group in (base.group, scale.group):
+        if group is not None:  # Without this, a rounding error would be divided by 1e-8.
+            advantages = jnp.where(all_equal(rewards, group), 0.0, advantages)
     return advantages
 
 
-def all_equal(rewards, axes):
-    """Whether a group has nothing to compare: rewards (B, G) -> bool (B, 1), or (1, 1) a batch."""
-    return rewards.max(axes, keepdims=True) == rewards.min(axes, keepdims=True)
+def all_equal(rewards, group):
+    """Whether the rewards (B, G) of a group are all equal -> bool (B, 1), or (1, 1) for BATCH."""
+    return rewards.max(group, keepdims=True) == rewards.min(group, keepdims=True)
 
 
 def average_over_signals(advantages):
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), without sampling anew.
 
-    The loss is a mean over all answers and proportional to the advantages (B, G); divided by the
-    share of the batch's images with an advantage other than 0, it is a mean over those images'
-    answers. The terms for entropy and KL stay means over all images.
+    The clipped loss is a mean over all answers and proportional to the advantages (B, G). Divided
+    by the share of images with an advantage other than 0, it is a mean over those images' answers.
     """
     share = (advantages != 0).any(axis=1).mean()
-    return advantages / jnp.maximum(share, 1 / len(advantages))
+    return advantages / jnp.maximum(share, 1 / len(advantages))  # not 0 / 0 without any signal
 
 
 # --- Loss -----------------------------------------------------------------------------------
@@ -208,8 +196,8 @@ def average_over_signals(advantages):
 def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
     """PPO's clipped surrogate, negated: three float arrays (B, G), two bounds -> a scalar.
 
-    -mean(min(A r, A clip(r, 1 - epsilon, 1 + epsilon_high))) with r = pi / pi_old: PPO (arXiv
-    1707.06347), equation 7; the second epsilon is from DAPO (arXiv 2503.14476), equation 10.
+    PPO (arXiv 1707.06347), equation 7, with ratio = pi / pi_old; the second epsilon is from DAPO
+    (arXiv 2503.14476), equation 10.
     """
     ratio = jnp.exp(log_probs - old_log_probs)
     clipped_ratio = jnp.clip(ratio, 1 - clip_epsilon, 1 + clip_epsilon_high)
@@ -219,9 +207,9 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsil
 def kl_to_reference(policy, reference, actions, estimator):
     """Mean KL(policy || reference) in nats: two policies, actions int (B, G) -> a scalar.
 
-    "exact" sums over the ten answers. "k3" estimates from the sampled ones (DeepSeekMath,
-    equation 4): for answers of this very policy its value is unbiased, but the gradient of that
-    is the gradient of KL(reference || policy), so the two do not train alike.
+    "exact" sums over the ten answers. "k3" is DeepSeekMath's estimate from the sampled answers
+    (equation 4). For answers of the policy itself its value is unbiased, but its expected gradient
+    is that of KL(reference || policy), so the two do not train alike.
     """
     if estimator == "exact":
         return policy.kl_divergence(reference).mean()
@@ -230,31 +218,27 @@ def kl_to_reference(policy, reference, actions, estimator):
 
 
 def value_loss(values, rewards):
-    """The critic's squared error: values (B, 1), rewards (B, G) -> a scalar. PPO, equation 9.
-
-    Without that equation's weight c1: actor and critic share no parameter, and the size of Adam's
-    steps does not depend on the scale of a gradient.
-    """
+    """The critic's squared error: values (B, 1), rewards (B, G) -> a scalar. PPO, equation 9."""
     return ((values - rewards) ** 2).mean()
 
 
-# --- Training step --------------------------------------------------------------------------
+# --- One training step ----------------------------------------------------------------------
 
 
 class Networks(NamedTuple):
-    """What is trained, each with gradients and Adam's moments of its own."""
+    """What is trained; each network has its own gradients and Adam moments."""
 
     actor: Actor
-    critic: Critic | None  # None unless baseline is critic
+    critic: Critic | None  # None unless the baseline is "critic"
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step replaces."""
+    """What training carries from one step to the next."""
 
     networks: Networks
     optimizer_state: optax.OptState
     reference: Actor | None  # None while beta is 0
-    moving_average: jax.Array  # float32 (), of the batches' mean rewards; 0 at first
+    moving_average: jax.Array  # float32 (), of the batches' mean rewards; it starts at 0
     key: jax.Array
 
 
@@ -269,20 +253,9 @@ class Rollout(NamedTuple):
     reference_logits: jax.Array | None  # float32 (B, A); None while beta is 0
 
 
-@partial(jax.jit, static_argnames=("optimizer", "config"))
-def create_train_state(key, *, optimizer, config):
-    """A fresh actor, a critic if it is the baseline, a copy of the actor if there is a KL term."""
-    key, actor_key, critic_key = jax.random.split(key, 3)
-    actor = Actor(784, 10, rngs=nnx.Rngs(actor_key))
-    critic = Critic(784, 1, rngs=nnx.Rngs(critic_key)) if config.baseline == "critic" else None
-    reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
-    networks = Networks(actor, critic)
-    return TrainState(networks, optimizer.init(networks), reference, jnp.zeros(()), key)
-
-
 def sample_rollout(state, images, labels, key, config):
     """Lets the actor answer each image G times: uint8 (B, 784), int32 (B,) -> a Rollout."""
-    images = images.astype(jnp.float32) / 255  # (B, 784)
+    images = images.astype(jnp.float32) / 255
     actor, critic = state.networks
     policy = actor(images)
     actions = sample_answers(policy, config.num_generations, key)  # (B, G), from one forward pass
@@ -304,7 +277,7 @@ def sample_rollout(state, images, labels, key, config):
 
 
 def loss_fn(networks, rollout, config):
-    """What an update lowers: a scalar, and the metrics of the update, scalars by name."""
+    """The loss of a minibatch, a scalar, and its metrics, scalars by name."""
     policy = networks.actor(rollout.images)
     log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
     old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
@@ -331,16 +304,18 @@ def loss_fn(networks, rollout, config):
 
 @partial(jax.jit, static_argnames=("optimizer", "config"))
 def train_step(state, images, labels, *, optimizer, config):
-    """One batch: sample, reward, compare, and K rounds of updates (DeepSeekMath, algorithm 1).
+    """One batch: a rollout, then K rounds of updates (DeepSeekMath, algorithm 1).
 
     images uint8 (B, 784), labels int32 (B,) -> the new state, metrics (scalars by name).
     """
     key, sampling_key = jax.random.split(state.key)
     rollout = sample_rollout(state, images, labels, sampling_key, config)
-    pieces = jax.tree.map(lambda x: cut(x, config.num_minibatches), rollout)
+    M = config.num_minibatches
+    # Minibatch m, [:, m] of (B / M, M, ...), is every M-th image: each device has as many of them.
+    minibatches = jax.tree.map(lambda x: x.reshape(-1, M, *x.shape[1:]), rollout)
 
-    def update(state, index):
-        minibatch = jax.tree.map(lambda x: x[:, index], pieces)
+    def update(state, m):
+        minibatch = jax.tree.map(lambda x: x[:, m], minibatches)
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.networks, minibatch, config)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state)
         metrics["grad_norm"] = optax.tree.norm(gradients.actor)
@@ -348,34 +323,26 @@ def train_step(state, images, labels, *, optimizer, config):
         networks = optax.apply_updates(state.networks, updates)
         return state._replace(networks=networks, optimizer_state=optimizer_state), metrics
 
-    # After its use in the rollout: a baseline that knew this batch would bias the gradient.
+    # It is updated after the rollout, so that it does not depend on the answers that it judges.
     moving_average = 0.9 * state.moving_average + 0.1 * rollout.rewards.mean()
     state = state._replace(key=key, moving_average=moving_average)
-    indices = jnp.tile(jnp.arange(config.num_minibatches), config.num_iterations)  # K rounds
-    # Unrolled by four; where that is the whole step, XLA shares a forward pass with the sampling.
+    # K rounds over the minibatches, as a compiled loop; unroll=4 only makes it faster.
+    indices = jnp.tile(jnp.arange(M), config.num_iterations)
     state, metrics = jax.lax.scan(update, state, indices, unroll=4)
     metrics = {name: summarize(name, values) for name, values in metrics.items()}
-    metrics["accuracy"] = rollout.rewards.mean()
+    metrics["accuracy"] = (rollout.actions == labels[:, None]).mean()
+    metrics["reward"] = rollout.rewards.mean()
     metrics["reward_std"] = rollout.rewards.std()
-    axes = IMAGE if config.compares_answers else BATCH
-    metrics["frac_reward_zero_std"] = all_equal(rollout.rewards, axes).mean()
+    group = IMAGE if config.compares_answers else BATCH
+    metrics["frac_reward_zero_std"] = all_equal(rollout.rewards, group).mean()
     return state, metrics
 
 
-def cut(x, num_minibatches):
-    """(B, ...) -> (B / M, M, ...): piece [:, m] has every M-th image, on whatever device it is."""
-    return x.reshape(-1, num_minibatches, *x.shape[1:])
-
-
 def summarize(name, values):
-    """One number for many of the same metric: their mean; of ratio_max, the maximum."""
+    """The mean over axis 0, but the maximum for ratio_max."""
     return values.max(axis=0) if name == "ratio_max" else values.mean(axis=0)
 
 
-# --- Evaluation -----------------------------------------------------------------------------
-
-
-@jax.jit
 def predict(actor, images):
     """The likeliest answer to each image, and its probability: uint8 (N, 784) -> (N,), (N,)."""
     policy = actor(images.astype(jnp.float32) / 255)
@@ -385,114 +352,49 @@ def predict(actor, images):
 # --- Config: one field per flag -------------------------------------------------------------
 
 
-class UsageError(ValueError):
-    """The user asked for something invalid: a flag, a directory (exit status 2)."""
-
-
-class RunError(RuntimeError):
-    """Something went wrong on the way: data, disk, numbers (exit status 1)."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop (128 + its number); arguments: the number, the directory."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a run does; a flag is a field with dashes.
+    """What a run does; a flag is a field with dashes. UsageError for values that cannot work."""
 
-    Raises UsageError, naming flag, value and rule, for a value of the wrong type, not finite or
-    out of range, and for combinations that cannot work.
-    """
-
-    # What to read; auto is MNIST if it can be had, else scikit-learn's digits.
+    # What to read. auto is MNIST if it can be had, else scikit-learn's digits.
     dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    # Where the data are kept, as tensorflow-datasets does it; the default is $TFDS_DATA_DIR.
+    # Where tensorflow-datasets keeps its data. The default is $TFDS_DATA_DIR.
     data_dir: Path = dataclasses.field(
         default_factory=lambda: Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     )
     num_epochs: int = 10  # Passes over the training images.
-    batch_size: int = 1024  # B, images per step; by default the group is all their answers.
-    num_generations: int = 1  # G, answers sampled per image.
+    batch_size: int = 1024  # B, images per step.
+    # G, answers sampled per image. None: 8 where the answers to an image are compared, else 1.
+    num_generations: int | None = None
     num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
-    num_minibatches: int = 1  # Minibatches per round, the same in each; one Adam update each.
+    num_minibatches: int = 1  # Pieces that a round is cut into, with an Adam update each.
     learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
-    clip_epsilon: float = 0.2  # PPO's epsilon: beyond 1 +- epsilon, a ratio gains nothing more.
-    clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound; None: the same.
-    # Subtracted from a reward: the mean over the batch, over the image's own answers (GRPO) or over
-    # its other answers (RLOO), a moving average, a critic's value (PPO), or nothing (REINFORCE).
-    baseline: Literal["batch", "group", "loo", "ema", "critic", "none"] = "batch"
-    # Divides it: the standard deviation over the batch or over the image's own answers, or nothing
-    # (Dr. GRPO).
-    scale_rewards: Literal["batch", "group", "none"] = "batch"
-    beta: float = 0.0  # Weight of KL(policy, reference), the reference being the actor at first.
-    # Exact over the ten answers, or k3, estimated from sampled answers as LLM trainers must.
+    clip_epsilon: float = 0.2  # PPO's epsilon: ratios are clipped at 1 - epsilon and 1 + epsilon.
+    clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound. None: the same.
+    # What is subtracted from a reward: the mean reward of the batch, of the image's own answers
+    # (GRPO) or of its other answers (RLOO), a moving average, a critic's value (PPO), or nothing.
+    baseline: Literal[*BASELINES] = "batch"
+    # What the difference is divided by: the standard deviation of the rewards of the batch, or of
+    # the image's own answers (GRPO), or nothing (Dr. GRPO).
+    scale_rewards: Literal[*SCALES] = "batch"
+    beta: float = 0.0  # Weight of KL(policy || reference). The reference is the initial actor.
+    # Exact sums over the ten answers; k3 estimates from the sampled ones, as LLM trainers must.
     kl_estimator: Literal["exact", "k3"] = "exact"
-    ref_sync_epochs: int = 0  # Make the reference the current actor every so many epochs; 0: never.
-    entropy_coef: float = 0.0  # Weight of a bonus for undecided answers.
-    dynamic_sampling: bool = False  # DAPO: average over the groups that carry a signal only.
+    ref_sync_epochs: int = 0  # Make the current actor the reference every so many epochs. 0: never.
+    entropy_coef: float = 0.0  # Weight of a bonus for the policy's entropy.
+    dynamic_sampling: bool = False  # DAPO: average over the images whose answers carry a signal.
     seed: int = 0  # Decides the weights, the order of the images and every sampled answer.
-    num_seeds: int = 1  # Independent runs, seed and those after it, in one compiled program.
-    output_dir: Path | None = None  # Where to write; None: runs/<dataset>-<seed>-<time>.
-    # Continue the run in this directory; its own config holds, and other flags may not contradict.
-    resume: Path | None = None
-    # Several hosts: host:port of process 0, how many processes there are, and which one this is,
-    # from 0. On clusters that JAX knows, such as Slurm's, it finds out; 1 process then runs alone.
+    num_seeds: int = 1  # Independent runs, of this seed and those after it, in one program.
+    output_dir: Path | None = None  # Where to write. None: runs/<dataset>-<seed>-<time>.
+    resume: Path | None = None  # Continue the run in this directory, with the flags that it has.
+    # Several hosts: host:port of process 0, or auto on clusters that JAX knows, such as Slurm's.
     coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    num_processes: int | None = None  # Several hosts: the number of processes in all.
+    process_id: int | None = None  # Several hosts: the number of this process, from 0.
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if has_type(Path(), field.type) and isinstance(value, str | Path):
-                object.__setattr__(self, field.name, Path(os.path.expanduser(value)))
-            elif not has_type(value, field.type):
-                raise UsageError(f"{flag(field.name)} {value!r} must be {field.type}")
-        for name, allowed, rule in self.rules():
-            if not allowed and (name in PLACE or not self.resume):
-                raise UsageError(f"{flag(name)} {getattr(self, name)} must be {rule}")
-
-    def rules(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields (field, whether its value is allowed, what it must be)."""
-        for name, value in vars(self).items():
-            fits = not isinstance(value, int | float) or abs(value) < 3.4e38
-            yield name, fits, "a finite number, within float32"
-        for name in ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_seeds"):
-            yield name, getattr(self, name) >= 1, "1 or more"
-        sizes = "--batch-size x --num-generations x --num-seeds is to stay below 2**31"
-        answers = self.batch_size * self.num_generations
-        yield "num_generations", answers * self.num_seeds < 2**31, f"smaller: {sizes}"
-        alone = "2 or more: a group of one learns nothing"
-        by_batch = "batch" in (self.baseline, self.scale_rewards)
-        yield "batch_size", answers > 1 or not by_batch, alone
-        several = self.num_generations > 1 or not self.compares_answers
-        names = f"--baseline {self.baseline} with --scale-rewards {self.scale_rewards}"
-        yield "num_generations", several, f"2 or more: {names} compares the answers to an image"
-        useful = self.compares_answers or not self.dynamic_sampling
-        groups = "--baseline is group or loo, or --scale-rewards group"
-        yield "dynamic_sampling", useful, f"off unless {groups}"
-        pieces = self.num_minibatches
-        fits = pieces >= 1 and self.batch_size % pieces == 0
-        yield "num_minibatches", fits, f"1 or more, and a divisor of --batch-size {self.batch_size}"
-        updates = self.num_iterations * pieces
-        yield "num_iterations", updates < 2**31, "smaller: it x --num-minibatches is below 2**31"
-        yield "learning_rate", np.float32(self.learning_rate) > 0, "above 0, in float32 too"
-        yield "clip_epsilon", 0 < self.clip_epsilon < 1, "above 0 and below 1"
-        yield "clip_epsilon_high", self.upper_clip_epsilon > 0, "above 0"
-        for name in ("beta", "ref_sync_epochs", "entropy_coef"):
-            yield name, getattr(self, name) >= 0, "0 or more"
-        for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
-            useful = self.beta > 0 or getattr(self, name) == unused
-            yield name, useful, f"{unused} while --beta is 0, which leaves the KL term out"
-        yield "seed", 0 <= self.seed <= 2**32 - self.num_seeds, "0 or more, the last below 2**32"
-        address, number, count = self.coordinator_address, self.process_id, self.num_processes
-        fits = address is None or re.fullmatch(r".+:\d+", address)
-        yield "coordinator_address", fits, "host:port"
-        yield "num_processes", count is None or count >= 1, "1 or more"
-        fits = number is None or 0 <= number < (count or math.inf)
-        yield "process_id", fits, f"0 or more, and below --num-processes {count}"
+        complete_and_check(self)
 
     @property
     def seeds(self) -> range:
@@ -501,223 +403,146 @@ class Config:
     @property
     def compares_answers(self) -> bool:
         """Whether a group is the answers to one image, rather than those of a batch."""
-        return bool({"group", "loo"} & {self.baseline, self.scale_rewards})
+        return IMAGE in (BASELINES[self.baseline].group, SCALES[self.scale_rewards].group)
 
     @property
     def upper_clip_epsilon(self) -> float:
-        """clip_epsilon_high, or clip_epsilon where that is None."""
         return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
 
 
-# Fields that may be others when a run is resumed: its place affects the rounding at most.
-PLACE = {"data_dir", "coordinator_address", "num_processes", "process_id"}
-
-
-def flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
-def has_type(value: Any, annotation: Any) -> bool:
-    """Whether a Config field may hold the value; a bool is not an int, but an int is a float."""
-    kinds = typing.get_args(annotation) or (annotation,)
-    if typing.get_origin(annotation) is Literal:
-        return value in kinds
-    is_path = isinstance(value, Path) and Path in kinds
-    return is_path or type(value) in kinds or (type(value) is int and float in kinds)
-
-
 # --- Main loop ------------------------------------------------------------------------------
+# S seeds are trained in one program: state, images and metrics have a leading axis (S,) here.
 
 
-def train(config: Config, signals: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Trains, printing and writing as it goes; returns the metrics of each epoch (see METRICS).
+def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: None) -> list[dict]:
+    """Trains, printing and writing on the way; returns the metrics of each epoch (see METRICS).
 
-    Raises UsageError before anything is written, RunError if data, numbers or the disk fail, and
-    Interrupted after the step during which a signal's number has appeared in signals (of several
-    processes: soon after one of them gets SIGTERM). A run that has not ended otherwise is continued
-    by config.resume, as if nothing had happened.
+    Calls on_start with the run's directory once that is open. Raises UsageError before it writes
+    any result, RunError if data, numbers or the disk fail. With config.resume, it continues a run.
     """
     began = time.perf_counter()
-    find_devices()
-    if config.num_processes not in (None, jax.process_count()):
-        raise UsageError(
-            f"--num-processes {config.num_processes}, but JAX knows of {jax.process_count()}; call"
-            " join_processes before anything else of JAX"
-        )
-    dataset_name = config.dataset
+    start_jax(config)
     if config.resume:
-        config, dataset_name, history = config_to_resume(config, unsaid=Config())
+        config = config_to_resume(config)
         if (config.resume / "summary.json").exists():
             say(f"{config.resume}: this run is finished; nothing is left to do.")
-            return history
-    refuse_uneven_shares(config)
-    reading = in_background(find_dataset(dataset_name, config.data_dir))
-    state = create_state(config)  # XLA compiles while the data are read
-    dataset = reading.result()
-    steps_per_epoch = len(dataset.train_images) // config.batch_size
-    if steps_per_epoch == 0:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {len(dataset.train_images)}"
-            f" training images of {dataset.name}; choose a smaller one"
-        )
-    num_steps = config.num_epochs * steps_per_epoch
+            return [json.loads(line) for line in (config.resume / "metrics.jsonl").open()]
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        reading = pool.apply_async(load_dataset, (config.dataset, config.data_dir))
+        state = create_state(config)  # This compiles while the data are read.
+        dataset = reading.get()
     facts = describe_run(config, dataset)
-    refuse_different_runs(config, facts)
-    with open_output_dir(config, facts) as output_dir:
-        announce(config, dataset, state, output_dir)
-        run, newest = restore(config, state, facts)
-        if config.resume and not newest:
-            say("Resumed: from the start; there is no checkpoint yet")
-        began -= run.seconds
-        first_batch = next(batches(dataset, config, epoch=1))
-        step = compile_step(run.state, first_batch, config, num_steps)
-        done = len(run.history) * steps_per_epoch + len(run.step_metrics)
-        stop = StopRequest(signals)
-        with progress_bar(num_steps, done) as advance:
-            while stop.go_on() and len(run.history) < config.num_epochs:
-                run = train_epoch(run, step, dataset, config, advance, stop.go_on)
-                run = run._replace(seconds=time.perf_counter() - began)
-                if is_first_process():
-                    newest = write_checkpoint(run, facts, output_dir, previous=newest)
-                if not run.step_metrics:
-                    report_epoch(run.history, config, output_dir)
-        if stop.stopped_by:
-            raise Interrupted(stop.stopped_by, output_dir)
-        predictions = predict_all(run.state.networks.actor, dataset.test_images)
-        if is_first_process():
-            answers, confidences = jax.device_get(predictions)
-            plot_curves(run.history, config, dataset, answers[0], confidences[0], output_dir)
-            summary = summarize_run(run, config, dataset, time.perf_counter() - began)
-            write_json(output_dir / "summary.json", summary)  # the last file: the run is finished
-            announce_end(summary, output_dir)
-    return run.history
+    check_run(config, dataset, facts)
+    steps = len(dataset.train_images) // config.batch_size  # in an epoch
+    with open_run_dir(config, facts) as run_dir:
+        on_start(run_dir)
+        announce(config, facts, dataset, state, run_dir)
+        state, history, earlier_seconds = restore(config, facts, state)
+        began -= earlier_seconds  # as if it had not been interrupted
+        step = compile_step(config, dataset, state)
+        hidden = jax.process_index() > 0 or not sys.stdout.isatty()
+        with Progress(transient=True, disable=hidden) as progress:
+            bar = progress.add_task("Training", total=(config.num_epochs - len(history)) * steps)
+            for epoch in range(len(history) + 1, config.num_epochs + 1):
+                epoch_began, step_metrics = time.perf_counter(), []
+                for images, labels in batches(config, dataset, epoch):
+                    state, metrics = step(state, images, labels)
+                    step_metrics.append(metrics)
+                    progress.advance(bar)
+                    if len(step_metrics) % 4 == 0:  # Stay only a few steps ahead of the device.
+                        jax.block_until_ready(step_metrics[-2])
+                history.append(end_epoch(config, dataset, state, epoch, epoch_began, step_metrics))
+                if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
+                    state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
+                write_checkpoint(facts, state, history, time.perf_counter() - began, run_dir)
+                report_epoch(config, history, run_dir)
+        end_run(config, dataset, state, history, began, run_dir)
+    return history
+
+
+def start_jax(config: Config) -> None:
+    """Joins the processes of several hosts, if --coordinator-address asks for it; finds devices."""
+    try:
+        if config.coordinator_address is not None and not jax.distributed.is_initialized():
+            print("Waiting for the other processes...", flush=True)
+            address = None if config.coordinator_address == "auto" else config.coordinator_address
+            join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
+            flags = address, config.num_processes, config.process_id
+            with multiprocessing.pool.ThreadPool(1) as pool:
+                pool.apply_async(join, flags).get(timeout=120)  # JAX's own limit would abort.
+        jax.devices()
+    except multiprocessing.TimeoutError as error:
+        raise RunError("not all processes came in 2 minutes; start all of them anew") from error
+    except (RuntimeError, ValueError, AssertionError) as error:
+        platforms = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        reason = f"JAX finds no devices or processes, with {platforms}: {first_line(error)}"
+        raise UsageError(f"{reason}; correct that, or the flags of several hosts") from error
+
+
+def check_run(config: Config, dataset, facts: dict) -> None:
+    """UsageError if the batch is larger than the data or cannot be divided among the devices;
+    RunError if the processes differ in flags, data set, versions, devices, program or checkpoints.
+    """
+    size, num_devices = f"--batch-size {config.batch_size}", jax.device_count()
+    if config.batch_size > len(dataset.train_images):
+        images = f"{len(dataset.train_images)} training images of {dataset.name}"
+        raise UsageError(f"{size} is more than the {images}; choose a smaller one")
+    divisor = num_devices * config.num_minibatches
+    if config.batch_size % divisor:
+        pieces = f"{config.num_minibatches} minibatches on {num_devices} devices"
+        raise UsageError(f"{size} cannot be divided into {pieces}; make it a multiple of {divisor}")
+    must_agree = [facts[name] for name in facts if name not in (*PLACE_FIELDS, "cores")]
+    if config.resume:
+        must_agree += [path.name for path in checkpoint_paths(config.resume)]
+    digest = hashlib.sha256(json.dumps(must_agree).encode()).digest()
+    try:
+        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
+    except AssertionError as error:
+        what = "flags, data, versions, program or checkpoints"
+        raise RunError(f"the processes differ in {what}; start all with the same") from error
 
 
 def create_state(config: Config) -> TrainState:
-    """A fresh state for S seeds, the same on every device; its arrays have a leading axis (S,)."""
-    optimizer = create_optimizer(config, 1)  # the schedule's length is not in the state
-    create_one = partial(create_train_state, optimizer=optimizer, config=config)
+    """A fresh state for S seeds, the same on every device."""
 
-    def create(seeds):
-        return for_each_seed(create_one, config.num_seeds)(jax.vmap(jax.random.key)(seeds))
+    def create(seed):
+        key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
+        actor = Actor(784, 10, rngs=nnx.Rngs(actor_key))
+        critic = Critic(784, 1, rngs=nnx.Rngs(critic_key)) if config.baseline == "critic" else None
+        reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
+        networks = Networks(actor, critic)
+        optimizer = create_optimizer(config, 1)  # The state does not depend on the schedule.
+        return TrainState(networks, optimizer.init(networks), reference, jnp.zeros(()), key)
 
+    # Less effort compiles in half the time. It was tried on CPUs only.
+    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    create = for_each_seed(create, config.num_seeds)
     on_each_device, _ = shardings()
-    # Compiles in half the time; elsewhere than on a processor it was not tried.
-    quickly = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    create = jax.jit(create, out_shardings=on_each_device, compiler_options=quickly)
+    create = jax.jit(create, out_shardings=on_each_device, compiler_options=quick)
     return create(np.array(config.seeds, np.uint32))
 
 
-def compile_step(state: TrainState, batch: tuple, config: Config, num_steps: int) -> Callable:
-    """train_step for S seeds and all devices, as one program for such a state and such a batch.
+def compile_step(config: Config, dataset, state: TrainState) -> Callable:
+    """train_step for S seeds and all devices: step(state, images, labels) -> state, metrics (S,).
 
-    step(leaves of the state, images (S, B, 784), labels (S, B)) -> the leaves of the new state,
-    metrics (S,) by name. It reuses the memory of the leaves: do not touch them again. Leaves, since
-    taking the networks apart at every call costs more than the call. Each process has the batch
-    whole, and hands its own devices' share of the images over.
+    It reuses the memory of the state that it is given. Each process has whole batches, uint8
+    (S, B, 784) and int32 (S, B), and hands over the images of its own devices.
     """
-    optimizer = create_optimizer(config, num_steps)
-    step_of_one = partial(train_step, optimizer=optimizer, config=config)
-    step_of_all = for_each_seed(step_of_one, config.num_seeds)
-    structure = jax.tree.structure(state)
-
-    def step_on_leaves(leaves, images, labels):
-        state, metrics = step_of_all(jax.tree.unflatten(structure, leaves), images, labels)
-        return jax.tree.leaves(state), metrics
-
+    num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
+    step = partial(train_step, optimizer=create_optimizer(config, num_steps), config=config)
     on_each_device, by_image = shardings()
     jitted = jax.jit(
-        step_on_leaves,
+        for_each_seed(step, config.num_seeds),
         donate_argnums=0,
-        in_shardings=(on_each_device, by_image, by_image),
         out_shardings=on_each_device,
     )
 
-    def share(x):
+    def split(x):
         return jax.make_array_from_callback(x.shape, by_image, x.__getitem__)
 
-    compiled = jitted.lower(jax.tree.leaves(state), *map(share, batch)).compile()
-    return lambda leaves, *batch: compiled(leaves, *map(share, batch))
-
-
-@jax.jit
-def predict_all(actor, images):
-    """predict for S actors, of the same images: uint8 (N, 784) -> (S, N), (S, N)."""
-    return jax.vmap(predict, in_axes=(0, None))(actor, images)
-
-
-def for_each_seed(function: Callable, num_seeds: int) -> Callable:
-    """vmap over the seeds; not for one alone, since XLA is slower at batches of products."""
-    if num_seeds > 1:
-        return jax.vmap(function)
-
-    def for_one_seed(*arguments):
-        results = function(*jax.tree.map(lambda x: x.squeeze(0), arguments))
-        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
-
-    return for_one_seed
-
-
-class Run(NamedTuple):
-    """A run between two steps: what a checkpoint holds of it."""
-
-    state: TrainState
-    history: list[dict[str, Any]]  # of the finished epochs, see METRICS
-    step_metrics: list[dict[str, Any]]  # of the steps of the epoch under way, (S,) by name
-    epoch_seconds: float  # of the epoch under way
-    seconds: float  # of the whole run
-
-
-def train_epoch(run, step, dataset, config, advance, go_on) -> Run:
-    """Trains to the end of the epoch under way, or until go_on says no after a step."""
-    epoch, done = len(run.history) + 1, len(run.step_metrics)
-    stream = itertools.islice(batches(dataset, config, epoch), done, None)
-    state, step_metrics, seconds = stream_batches(step, run.state, stream, advance, go_on)
-    seconds += run.epoch_seconds
-    step_metrics = run.step_metrics + step_metrics
-    metrics = average_over_steps(step_metrics)
-    finished = len(step_metrics) == len(dataset.train_images) // config.batch_size
-    if finished:
-        answers, _ = predict_all(state.networks.actor, dataset.test_images)
-        metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
-    check_finite(metrics, state.networks, config, epoch)
-    if not finished:
-        return run._replace(state=state, step_metrics=step_metrics, epoch_seconds=seconds)
-    record = epoch_record(metrics, config, epoch, seconds, len(step_metrics))
-    state = sync_reference(state, config, epoch)
-    return Run(state, [*run.history, record], [], epoch_seconds=0.0, seconds=run.seconds)
-
-
-def stream_batches(
-    step, state, stream, advance=lambda: None, go_on=lambda: True
-) -> tuple[TrainState, list, float]:
-    """Streams batches through the step, calling advance after each, while go_on says so.
-
-    Returns the state, the metrics of each step, (S,) by name, and the seconds. The loop stays a few
-    steps ahead of the device, which never waits, but not further: the progress bar tells the truth,
-    and a signal need not wait for the rest of the epoch.
-    """
-    began = time.perf_counter()
-    step_metrics = []
-    leaves, structure = jax.tree.flatten(state)
-    for images, labels in stream:
-        leaves, metrics = step(leaves, images, labels)
-        step_metrics.append(metrics)
-        if len(step_metrics) % 4 == 0:
-            jax.block_until_ready(step_metrics[-2])
-        advance()
-        if not go_on():
-            break
-    step_metrics = jax.device_get(step_metrics)
-    return jax.tree.unflatten(structure, leaves), step_metrics, time.perf_counter() - began
-
-
-def average_over_steps(step_metrics: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The metrics of an epoch, (S,) by name, from those of its steps."""
-    return {
-        name: summarize(name, np.array([step[name] for step in step_metrics], np.float32))
-        for name in step_metrics[0]
-    }
+    first_batch = next(batches(config, dataset, epoch=1))
+    compiled = jitted.lower(state, *map(split, first_batch)).compile()
+    return lambda state, *batch: compiled(state, *map(split, batch))
 
 
 def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
@@ -729,141 +554,58 @@ def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransforma
     return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
 
 
-def sync_reference(state: TrainState, config: Config, epoch: int) -> TrainState:
-    """Makes the reference the current actor, where the epoch that has ended is one for it."""
-    if config.ref_sync_epochs == 0 or epoch % config.ref_sync_epochs:
-        return state
-    return state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
+def for_each_seed(function: Callable, num_seeds: int) -> Callable:
+    """vmap over the seeds; not for one alone, since batched matrix products are slower."""
 
+    def for_one_seed(*arguments):
+        results = function(*jax.tree.map(lambda x: x.squeeze(0), arguments))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
 
-def check_finite(metrics: dict, networks: Networks, config: Config, epoch: int) -> None:
-    """Raises RunError, naming epoch, seed and quantity, if a number is no longer one."""
-    finite = {name: np.isfinite(values) for name, values in metrics.items()}
-    finite["the parameters"] = np.all(
-        [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in jax.tree.leaves(networks)], axis=0
-    )
-    for index, seed in enumerate(config.seeds):
-        if wrong := [name for name in finite if not finite[name][index]]:
-            raise RunError(
-                f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}; what was"
-                " written before stays; try another run with a smaller --learning-rate"
-            )
-
-
-# --- Devices and processes ------------------------------------------------------------------
-
-
-def join_processes(config: Config) -> None:
-    """Makes the processes of several hosts one run: those of the flags, or those that JAX detects.
-
-    UsageError if the flags do not say enough, RunError if the processes do not meet.
-    """
-    if config.num_processes == 1:
-        return
-    flags = config.coordinator_address, config.num_processes, config.process_id
-    requested = os.environ.get("JAX_COORDINATOR_ADDRESS") or flags != (None, None, None)
-    initialize = partial(jax.distributed.initialize, *flags, heartbeat_timeout_seconds=30)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of clusters that JAX takes this for
-            joining = in_background(initialize)
-            if not wait([joining], timeout=3).done:
-                print("Waiting for the other processes...", flush=True)
-            joining.result(timeout=117)  # less than JAX's own limit, at which it would abort
-    except TimeoutError as error:
-        raise RunError(
-            "not all processes have come in 2 minutes; see what they say, and start them again, or"
-            " run alone with --num-processes 1"
-        ) from error
-    except Exception as error:
-        if requested and isinstance(error, ValueError):
-            raise UsageError(
-                "--coordinator-address, --num-processes and --process-id belong together:"
-                f" {first_line(error)}"
-            ) from error
-        alone = any(text in str(error) for text in ("should be defined", "must be called before"))
-        if requested or not alone:
-            raise RunError(
-                f"the processes did not meet: {first_line(error)}; to run alone, say"
-                " --num-processes 1"
-            ) from error
-
-
-def find_devices() -> list[jax.Device]:
-    """Those of all processes; UsageError if the environment asks for one that is not there."""
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        platforms = os.environ.get("JAX_PLATFORMS")
-        raise UsageError(
-            f"JAX finds no device with JAX_PLATFORMS={platforms}; unset it, or install JAX for it"
-        ) from error
-
-
-def is_first_process() -> bool:
-    """Whether this process prints and writes: of several, the first alone does."""
-    return jax.process_index() == 0
+    return jax.vmap(function) if num_seeds > 1 else for_one_seed
 
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:
-    """How arrays lie on all processes' devices: replicated; or split along axis 1, the images.
-
-    Automatic axes: XLA itself finds where it must sum over all devices.
-    """
+    """How arrays lie on all devices: replicated; or split along axis 1, the images."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
-def refuse_uneven_shares(config: Config) -> None:
-    """UsageError if the devices would not get as many images of a batch each."""
-    num_devices, pieces = jax.device_count(), config.num_minibatches
-    if config.batch_size % (num_devices * pieces):
-        minibatches = f" in {pieces} minibatches" if pieces > 1 else ""
-        raise UsageError(
-            f"--batch-size {config.batch_size}{minibatches} cannot be divided among {num_devices}"
-            f" devices; make it a multiple of {num_devices * pieces}, or hide some devices"
-        )
+def batches(config: Config, dataset, epoch: int) -> Iterator[tuple]:
+    """Yields an epoch's full batches, images (S, B, 784) and labels (S, B), of the training set.
 
-
-def refuse_different_runs(config: Config, facts: dict[str, Any]) -> None:
-    """RunError if process 0 has other flags, data, program or checkpoint than this one."""
-    may_differ = PLACE | {"cores", "output_dir", "resume"}
-    must_agree = {name: value for name, value in facts.items() if name not in may_differ}
-    found = newest_checkpoint(config.resume) if config.resume else None
-    checkpoint = found and (found[0].name, found[1])
-    text = json.dumps([must_agree, checkpoint], sort_keys=True)
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    if not np.array_equal(multihost_utils.broadcast_one_to_all(digest), digest):
-        raise RunError(
-            f"process {jax.process_index()} has other flags, data, versions, program or checkpoint"
-            " than process 0; start all with the same"
-        )
-
-
-class StopRequest:
-    """The signal after which to stop; asked after each step and each epoch whether to go on.
-
-    Several processes stop after the same step, as JAX arranges it within a second or so once one of
-    them gets SIGTERM.
+    The order depends on (seed, epoch) alone. Images that do not fill a batch are left over.
     """
-
-    def __init__(self, signals: Sequence[int]):
-        self.signals, self.questions, self.stopped_by = signals, itertools.count(), None
-
-    def go_on(self) -> bool:
-        if jax.distributed.is_initialized():
-            stop = multihost_utils.reached_preemption_sync_point(next(self.questions))
-        else:
-            stop = len(self.signals) > 0
-        if stop:
-            self.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
-        return self.stopped_by is None
+    num_images = len(dataset.train_images)
+    orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
+    for start in range(0, num_images - config.batch_size + 1, config.batch_size):
+        chosen = np.stack([order[start : start + config.batch_size] for order in orders])
+        yield dataset.train_images.take(chosen, axis=0), dataset.train_labels.take(chosen)
 
 
-# --- Data: files, verified; batches ---------------------------------------------------------
+predict_all = jax.jit(jax.vmap(predict, in_axes=(0, None)))  # -> (S, N), (S, N)
 
 
-class DataUnavailable(RunError):
-    """The files are neither on this machine nor to be had from the network."""
+def end_epoch(config: Config, dataset, state, epoch, began, step_metrics) -> dict[str, Any]:
+    """The epoch's line of metrics.jsonl. Waits for the device; RunError for numbers not finite."""
+    by_step = jax.tree.map(lambda *values: np.array(values), *jax.device_get(step_metrics))
+    seconds = time.perf_counter() - began
+    metrics = {name: summarize(name, values) for name, values in by_step.items()}  # (S,) by name
+    answers, _ = predict_all(state.networks.actor, dataset.test_images)
+    metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
+    for index, seed in enumerate(config.seeds):
+        wrong = [name for name, values in metrics.items() if not np.isfinite(values[index])]
+        if not all(np.isfinite(x[index]).all() for x in jax.tree.leaves(state.networks)):
+            wrong.append("the parameters")
+        if wrong:
+            where = f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}"
+            raise RunError(f"{where}; earlier checkpoints stay; try a smaller --learning-rate")
+    images = len(step_metrics) * config.batch_size * config.num_seeds
+    figures = {"epoch": epoch, "seconds": seconds, "images_per_second": images / seconds}
+    figures |= over_seeds(metrics)
+    return {name: figures.pop(name, None) for name in METRICS} | figures
+
+
+# --- Data -----------------------------------------------------------------------------------
 
 
 class Dataset(NamedTuple):
@@ -879,637 +621,283 @@ class Dataset(NamedTuple):
 def load_dataset(name: str, data_dir: Path) -> Dataset:
     """Reads a data set, named as by its flag, from data_dir; downloads it there if it is missing.
 
-    Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network),
-    RunError if a file is not what it should be, UsageError if data_dir is not a directory.
-    """
-    return find_dataset(name, Path(data_dir))()
-
-
-def find_dataset(name: str, data_dir: Path) -> Callable[[], Dataset]:
-    """Finds the files, or downloads them, and returns a function that checks and reads them.
-
-    That function may be called in a thread, since it imports nothing: while tensorflow-datasets is
-    being imported, it replaces Python's own import, and what JAX imports beside it may fail.
+    Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network), RunError
+    if a file is not what it should be, UsageError if data_dir is not a directory.
     """
     if name == "digits":
-        return find_digits()
+        return load_digits()
     try:
-        return find_idx_files("mnist" if name == "auto" else name, data_dir)
+        return load_idx_files("mnist" if name == "auto" else name, Path(data_dir))
     except DataUnavailable as reason:
         if name != "auto":
             raise
         say(f"NOTICE: {reason}")
         say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
-        return find_digits()
+        return load_digits()
 
 
-def find_idx_files(name: str, data_dir: Path) -> Callable[[], Dataset]:
-    """As find_dataset, for the four files of MNIST or of one of its relatives.
+def load_idx_files(name: str, data_dir: Path) -> Dataset:
+    """Reads the four files of MNIST or of one of its relatives.
 
-    tensorflow-datasets knows their addresses and checksums and keeps them; its own reader would
-    need TensorFlow, so NumPy decodes them.
+    tensorflow-datasets knows their addresses, checksums and places, but its own reader would need
+    TensorFlow, so NumPy decodes them. Files put into downloads/manual by hand come first.
     """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.resource import get_dl_fname
-
     if data_dir.exists() and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir} is not a directory; name another")
-    downloads = data_dir / "downloads"
-    url_infos = tfds.builder_cls(name).url_infos
+    downloads, url_infos = data_dir / "downloads", tfds.builder_cls(name).url_infos
     paths = {}
-    for url, info in sorted(url_infos.items()):
-        by_hand = downloads / "manual" / info.filename
-        cached = downloads / name / get_dl_fname(url, info.checksum)
-        paths[url] = by_hand if by_hand.exists() else cached
-    here = [url for url in paths if paths[url].exists()]
-    if missing := [url for url in paths if url not in here]:
-        for url in here:  # checked before a network is asked for the others
-            read_idx_file(paths[url], url, url_infos[url])
-        download(name, missing, url_infos, downloads)
-    return partial(read_idx_files, name, paths, url_infos)
-
-
-def read_idx_files(name: str, paths: dict[str, Path], url_infos: dict[str, Any]) -> Dataset:
-    """Reads four files, given by their addresses in order: those of the test set come first."""
-    in_order = [read_idx_file(paths[url], url, url_infos[url]) for url in paths]
-    images = [array.reshape(-1, 784) for array in in_order[::2]]
-    labels = [array.astype(np.int32) for array in in_order[1::2]]
-    return Dataset(name, images[1], labels[1], images[0], labels[0])
-
-
-def download(name: str, urls: list[str], url_infos: dict[str, Any], downloads: Path) -> None:
-    """Fetches files through tensorflow-datasets, which checks them, into its own cache.
-
-    They arrive in a temporary directory, so that nothing half-written is ever found there.
-    """
-    import requests
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-
-    failures = (requests.RequestException, tfds.download.DownloadError, NonMatchingChecksumError)
-    if not (failure := why_unreachable(urls[0])):
-        (downloads / name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=downloads) as arriving:
-            try:
-                manager = tfds.download.DownloadManager(
-                    download_dir=arriving, url_infos=url_infos, dataset_name=name
-                )
-                for url in urls:  # one by one: when one fails, no other is being written
-                    manager.download(url)
-                for path in Path(arriving, name).iterdir():
-                    path.replace(downloads / name / path.name)
-            except failures as error:
-                failure = first_line(error)
-    if failure:
-        files = ", ".join(url_infos[url].filename for url in urls)
-        raise DataUnavailable(
-            f"{name} cannot be had: {failure}; connect to the network, or fetch {files} from"
-            f" {os.path.dirname(urls[0])}/ and put them into {downloads / 'manual'}"
-        )
-
-
-def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
-    """None if the server answers in time, else the reason in a few words.
-
-    Asked beforehand, since tensorflow-datasets retries for minutes and sets no timeout; asked in
-    a thread, since looking up a name has none either.
-    """
-    import requests
-
-    def ask() -> str | None:
+    for url, info in sorted(url_infos.items()):  # The test set's files come first.
+        kept = downloads / name / tfds.core.download.resource.get_dl_fname(url, info.checksum)
+        by_hand = [downloads / "manual" / folder / info.filename for folder in (name, "")]
+        paths[url] = next((path for path in by_hand if path.exists()), kept)
+    present = [url for url in paths if paths[url].exists()]
+    packed = {url: read_file(paths[url], url, url_infos[url]) for url in present}
+    for url in sorted(paths.keys() - packed.keys()):
         try:
-            response = requests.head(url, timeout=seconds, allow_redirects=True)
-        except OSError as error:  # which requests' own exceptions are
-            return f"no connection to {url} ({type(error).__name__})"
-        return None if response.ok else f"HTTP status {response.status_code} from {url}"
-
-    try:
-        return in_background(ask).result(timeout=seconds)
-    except TimeoutError:
-        return f"no answer from {url} in {seconds:.0f} s"
-
-
-def in_background(function: Callable) -> Future:
-    """Calls the function in a thread, which does not keep the program from ending."""
-    future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+            packed[url] = download(url, url_infos[url].checksum)
+        except DataUnavailable as error:
+            files = ", ".join(url_infos[each].filename for each in paths if each not in packed)
+            source, target = os.path.dirname(url), downloads / "manual" / name
+            remedy = f"connect to the network, or fetch {files} from {source}/ into {target}"
+            raise DataUnavailable(f"{name} cannot be had: {error}; {remedy}") from error
+        paths[url].parent.mkdir(parents=True, exist_ok=True)
+        arriving = paths[url].with_name(f"{paths[url].name}.{os.getpid()}")  # It may come twice.
+        write_file(arriving, packed[url])
+        arriving.replace(paths[url])
+    # In the IDX format, 16 bytes come before the pixels, and 8 before the labels.
+    contents = [np.frombuffer(gzip.decompress(packed[url]), np.uint8) for url in paths]
+    test_images, train_images = (pixels[16:].reshape(-1, 784) for pixels in contents[::2])
+    test_labels, train_labels = (labels[8:].astype(np.int32) for labels in contents[1::2])
+    return Dataset(name, train_images, train_labels, test_images, test_labels)
 
 
-def read_idx_file(path: Path, url: str, info: Any) -> np.ndarray:
-    """Decodes a gzipped IDX file of bytes, if its SHA-256 is the registered one.
-
-    IDX: two zero bytes, the element type, the number of dimensions, each dimension as a
-    big-endian int32, the elements.
-    """
-    try:
-        packed = path.read_bytes()
-        digest = hashlib.sha256(packed).hexdigest()
-        found = f"{len(packed):,} bytes with SHA-256 {digest}"
-    except OSError as error:
-        digest, found = None, error.strerror
-    if digest != info.checksum:
-        raise RunError(
-            f"{path} is not the file that it should be: expected {int(info.size):,} bytes with"
-            f" SHA-256 {info.checksum}, found: {found}; remove it (another data set needs another"
-            f" --data-dir) and run again, connected to the network or with {url} saved in its place"
-        )
-    content = gzip.decompress(packed)
-    num_dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", num_dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+def read_file(path: Path, url: str, info: Any) -> bytes:
+    """The content of a file; RunError if its SHA-256 is not the registered one."""
+    content = path.read_bytes() if path.is_file() else b""
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != info.checksum:
+        expected = f"expected {int(info.size):,} bytes with SHA-256 {info.checksum}"
+        found = f"found: {len(content):,} bytes with SHA-256 {sha256}"
+        remedy = f"remove it, or put {url} there (other data sets belong in manual/<dataset>)"
+        raise RunError(f"{path} is not the file that it should be: {expected}, {found}; {remedy}")
+    return content
 
 
-def find_digits() -> Callable[[], Dataset]:
-    """As find_dataset, for scikit-learn's digits."""
-    from sklearn import datasets
+def download(url: str, sha256: str) -> bytes:
+    """Fetches a file; DataUnavailable if it is not the one with that SHA-256."""
+    try:  # In threads: looking up a name has no time limit, and those of requests are per read.
+        with multiprocessing.pool.ThreadPool(2) as pool:
+            asking = pool.apply_async(requests.get, (url,), {"stream": True, "timeout": 3})
+            response = asking.get(timeout=7)
+            content = pool.apply_async(lambda: response.content).get(timeout=300)
+    except (OSError, multiprocessing.TimeoutError) as error:  # Those of requests are OSErrors.
+        raise DataUnavailable(f"no answer from {url} ({type(error).__name__})") from error
+    if not response.ok:
+        raise DataUnavailable(f"HTTP status {response.status_code} from {url}")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataUnavailable(f"{url} sent another file, of {len(content):,} bytes")
+    return content
 
-    return partial(enlarge_digits, *datasets.load_digits(return_X_y=True))
 
-
-def enlarge_digits(small_images: np.ndarray, labels: np.ndarray) -> Dataset:
+def load_digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels, enlarged to 24x24 in a margin of 2.
 
-    The last 360 are the test set; the others are in the training set, in all 25 shifts of up to
-    2 pixels.
+    The last 360 are the test set; the others, in all 25 shifts of up to 2 pixels, are for training.
     """
+    from sklearn import datasets
+
+    small_images, labels = datasets.load_digits(return_X_y=True)
     images = np.kron(small_images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
     images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
     labels = labels.astype(np.int32)
     shifts = list(itertools.product(range(-2, 3), repeat=2))
-    shifted_images = [np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts]
-    return Dataset(
-        "digits",
-        np.concatenate(shifted_images).reshape(-1, 784),
-        np.tile(labels[:-360], len(shifts)),
-        images[-360:].reshape(-1, 784),
-        labels[-360:],
-    )
+    shifted = np.concatenate([np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts])
+    train = shifted.reshape(-1, 784), np.tile(labels[:-360], len(shifts))
+    return Dataset("digits", *train, images[-360:].reshape(-1, 784), labels[-360:])
 
 
-def batches(dataset: Dataset, config: Config, epoch: int) -> Iterator[tuple]:
-    """Yields an epoch's full batches, images (S, B, 784) and labels (S, B), of the training set.
+# --- Run directory and checkpoints ----------------------------------------------------------
 
-    Each seed has an order of its own, which depends on (seed, epoch) alone. The images that do
-    not fill a batch are left over, other ones in each epoch.
-    """
-    num_images = len(dataset.train_images)
-    orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
-    for start in range(0, num_images - config.batch_size + 1, config.batch_size):
-        chosen = np.stack([order[start : start + config.batch_size] for order in orders])
-        yield dataset.train_images.take(chosen, axis=0), dataset.train_labels.take(chosen)
-
-
-# --- Checkpoints ----------------------------------------------------------------------------
-
-CHECKPOINT_FORMAT = 1  # to be raised with every change that this program could not read
-
-
-def write_checkpoint(run: Run, facts: dict, output_dir: Path, previous: Path | None) -> Path:
-    """Writes the run into checkpoints/, keeps the previous one beside it; returns its path.
-
-    An .npz file with its SHA-256 at the end: the arrays of the state, and the rest as JSON. Not
-    Orbax, which restores flipped bits without a word and does not fall back from a damaged step:
-    the digest and the search would be needed all the same.
-    """
-    rest = run._replace(state=None)._asdict()
-    header = {"format": CHECKPOINT_FORMAT, "facts": facts, "run": rest}
-    content = io.BytesIO()
-    text = json.dumps(header, default=np.ndarray.tolist)
-    np.savez(content, header=text, **named_arrays(run.state))
-    step = f"-step-{len(run.step_metrics)}" if run.step_metrics else ""
-    path = output_dir / "checkpoints" / f"epoch-{len(run.history)}{step}.npz"
-    write_file(path, content.getbuffer(), hashlib.sha256(content.getbuffer()).digest())
-    for other in {*checkpoint_paths(output_dir), *path.parent.glob("epoch-*.npz.tmp")}:
-        if other not in (path, previous):
-            other.unlink()
-    return path
-
-
-def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
-    """The newest whole checkpoint of a run: its path, header, and arrays; None before the first.
-
-    RunError if all are damaged or lost, UsageError if a newer program wrote the newest.
-    """
-    paths = checkpoint_paths(run_dir)
-    for path in paths:
-        content = b""
-        with contextlib.suppress(OSError):  # what cannot be read is damaged, too
-            content = path.read_bytes()
-        packed, digest = content[:-32], content[-32:]
-        if hashlib.sha256(packed).digest() == digest:
-            arrays = dict(np.load(io.BytesIO(packed)))
-            header = json.loads(str(arrays.pop("header")))
-            if header["format"] > CHECKPOINT_FORMAT:
-                raise UsageError(
-                    f"{path} has format {header['format']}, and this program reads format"
-                    f" {CHECKPOINT_FORMAT}; continue the run with the program that wrote it"
-                )
-            return path, header, arrays
-    unfinished = not (run_dir / "summary.json").exists()
-    if unfinished and (paths or (run_dir / "metrics.jsonl").exists()):
-        damaged = ", ".join(path.name for path in paths) or "none is left"
-        raise RunError(
-            f"{run_dir / 'checkpoints'} holds no whole checkpoint ({damaged}); put one back, or"
-            " start the run again in another --output-dir"
-        )
-    return None
-
-
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """The newest first."""
-    names = {
-        path: re.fullmatch(r"epoch-(\d+)(-step-(\d+))?\.npz", path.name)
-        for path in (run_dir / "checkpoints").glob("*.npz")
-    }
-    position = {path: (int(name[1]), int(name[3] or 0)) for path, name in names.items() if name}
-    return sorted(position, key=position.get, reverse=True)
-
-
-def restore(config: Config, fresh: TrainState, facts: dict) -> tuple[Run, Path | None]:
-    """The run as its newest whole checkpoint has it, and that one's path; or a fresh run.
-
-    RunError if its arrays are not those that this program has.
-    """
-    found = newest_checkpoint(config.resume) if config.resume else None
-    if found is None:
-        return Run(fresh, [], [], epoch_seconds=0.0, seconds=0.0), None
-    path, header, arrays = found
-    paths = checkpoint_paths(config.resume)
-    for damaged in paths[: paths.index(path)]:
-        say(f"NOTICE: {damaged} does not match its SHA-256; it is damaged and not used.")
-    if is_first_process():
-        for old in paths[paths.index(path) + 2 :]:  # the run was stopped before it removed this one
-            old.unlink()
-    expected = named_arrays(fresh)
-    shapes, expected_shapes = (
-        {name: (x.shape, x.dtype) for name, x in each.items()} for each in (arrays, expected)
-    )
-    if shapes != expected_shapes:
-        raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
-    state = jax.tree.unflatten(jax.tree.structure(fresh), [arrays[name] for name in expected])
-    state = jax.device_put(state, shardings()[0])
-    state = state._replace(key=jax.random.wrap_key_data(state.key))
-    run = Run(**header["run"])._replace(state=state)
-    announce_restored(run, path, header["facts"], facts)
-    write_history(run.history, config.resume)
-    return run, path
-
-
-def announce_restored(run: Run, path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Says from where the run goes on, and what is not as it was when it stopped."""
-    last, metrics = len(run.history), path.parent.parent / "metrics.jsonl"
-    if metrics.exists() and metrics.read_bytes().count(b"\n") > last:
-        say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
-    before, after = (each | each["versions"] for each in (then, now))
-    for name in ("device", "cores", "xla_flags", "program_sha256", *now["versions"]):
-        if after[name] != before.get(name):
-            say(f"NOTICE: {name} was {before.get(name)}, is {after[name]}: results may differ.")
-    steps = f" and {len(run.step_metrics)} steps" if run.step_metrics else ""
-    say(f"Resumed: {last} of {then['num_epochs']} epochs{steps} are done, from {path}")
-
-
-def named_arrays(state: TrainState) -> dict[str, np.ndarray]:
-    """The arrays of a state by name, such as networks.actor.output.bias.value."""
-    state = state._replace(key=jax.random.key_data(state.key))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(state)
-    }
-
-
-def config_to_resume(given: Config, unsaid: Config) -> tuple[Config, str, list[dict[str, Any]]]:
-    """The config of the run in given.resume, the name of its data set, its finished epochs.
-
-    UsageError if there is no run, if config.json and the newest checkpoint contradict each other,
-    or if a field of given contradicts them, being neither as there nor as in unsaid. Only those of
-    PLACE may be others.
-    """
-    run_dir = given.resume
-    found = newest_checkpoint(run_dir)
-    stored = read_config(run_dir / "config.json")
-    facts = found[1]["facts"] if found else stored
-    if facts is None:
-        raise UsageError(f"--resume {run_dir} is not the directory of a run; name another")
-    fields = {name: facts[name] for name in vars(given) if name in facts}
-    config = Config(**fields | {"resume": run_dir})
-    for name in vars(given).keys() - PLACE:
-        value, said = getattr(config, name), getattr(given, name)
-        if said not in (value, getattr(unsaid, name), run_dir):
-            raise UsageError(
-                f"{flag(name)} {said} contradicts {value}, which the run in {run_dir} has; leave"
-                " the flag out, or start another run"
-            )
-        if stored and stored.get(name) != facts.get(name):
-            raise UsageError(
-                f"{run_dir}/config.json has {stored.get(name)} for {name}, and {found[0]}"
-                f" {facts.get(name)}; they are of different runs, or edited: put the right one back"
-            )
-    place = {name: getattr(given, name) for name in PLACE}
-    if given.data_dir == unsaid.data_dir and config.data_dir.exists():
-        del place["data_dir"]
-    config = dataclasses.replace(config, **place)
-    return config, facts["trained_on"], found[1]["run"]["history"] if found else []
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """What is in config.json; None if that is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        facts = json.loads(path.read_text())
-        return facts if isinstance(facts, dict) else None
-
-
-# --- Reporting ------------------------------------------------------------------------------
-
-METRICS = (  # means over the epoch: of rewards over its batches, of the loss over its updates;
-    # and means over the seeds
-    "epoch",  # 1 is the first
-    "accuracy",  # share of the sampled answers that were right: the mean reward
-    "test_accuracy",  # share of the test images whose likeliest answer is right
-    "seconds",  # of training alone
-    "images_per_second",
-    "loss",  # no measure of progress: with baseline batch, group or loo it is about 0 in a batch's
-    # first round, whatever the actor knows; with a critic, its squared error is in it
-    "reward_std",  # standard deviation of a batch's rewards
-    "frac_reward_zero_std",  # share of the groups whose rewards are all equal; a group is a batch,
-    # or the answers to an image if baseline or scale_rewards is group or loo
-    "entropy",  # of the policy, in nats; ln 10 = 2.3 is pure guessing
-    "kl",  # from the reference, in nats; null while beta is 0, since then there is none
-    "ratio_max",  # the largest pi / pi_old of the epoch
-    "clip_ratio_low",  # share of answers worse than expected (A < 0) and held at 1 - epsilon
-    "clip_ratio_high",  # share of answers better than expected (A > 0) and held at 1 + epsilon
-    "grad_norm",  # of the actor's gradients
-    "learning_rate",
-)
+CHECKPOINT_FORMAT = 2  # Raise it with every change that older programs cannot read.
+HOST_FIELDS = ("coordinator_address", "num_processes", "process_id")
+PLACE_FIELDS = (*HOST_FIELDS, "data_dir", "output_dir", "resume")  # They may change on resuming.
 
 
 @contextlib.contextmanager
-def open_output_dir(config: Config, facts: dict[str, Any]) -> Iterator[Path]:
-    """Creates the run's directory with the facts in config.json, or opens the one to resume.
+def open_run_dir(config: Config, facts: dict) -> Iterator[Path]:
+    """Creates the run's directory, or opens the one to resume, and writes config.json.
 
-    Only the first process does; to others it yields what they were told. Keeps other runs out until
-    it is left; the system takes the lock from a process that dies. UsageError if the directory
-    cannot be written, holds another run, or is in use.
+    Of several processes, only the first does. A lock keeps other runs out; the system frees it when
+    a process dies. UsageError if the directory cannot be written, holds another run, or is in use.
     """
-    default_name = f"{facts['trained_on']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    output_dir = config.resume or config.output_dir or Path("runs", default_name)
-    if config.resume is config.output_dir is None and output_dir.exists():  # of the same second
-        output_dir = Path(f"{output_dir}-{os.getpid()}")
-    if not is_first_process():
-        yield output_dir
+    second = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(second))
+    default = Path("runs", f"{facts['dataset']}-{config.seed}-{stamp}")
+    if jax.process_index() == 0 and default.exists():  # Another was begun in the same second.
+        default = Path(f"{default}-{os.getpid()}")
+    run_dir = config.resume or config.output_dir or default
+    if jax.process_index() > 0:
+        yield run_dir
         return
-    said = f"{'--resume' if config.resume else '--output-dir'} {output_dir}"
+    named = f"{'--resume' if config.resume else '--output-dir'} {run_dir}"
+    for name in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints/*"):
+        if not config.resume and any(run_dir.glob(name)):
+            remedy = f"name a new one, or continue that with --resume {run_dir}"
+            raise UsageError(f"{named} holds a run ({name}); {remedy}")
+    checkpoints = run_dir / "checkpoints"
     try:
-        refuse_another_run(config, output_dir)
-        checkpoints = output_dir / "checkpoints"
         new = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
         checkpoints.mkdir(parents=True, exist_ok=True)
         for path in new:
             sync_directory(path.parent)
-        lock = (output_dir / ".lock").open("a")
+        lock = FileLock(run_dir / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise UsageError(f"{named} is in use by another run; wait for its end") from error
     except OSError as error:
-        raise UsageError(f"{said} cannot be written ({error.strerror}); name another") from error
+        raise UsageError(f"{named} cannot be written ({error.strerror}); name another") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{said} is in use by another run; wait for its end") from error
-        refuse_another_run(config, output_dir)
-        if read_config(output_dir / "config.json") is None:
-            write_json(output_dir / "config.json", facts)
-        yield output_dir
+        write_file(run_dir / "config.json", json.dumps(facts, indent=2).encode())
+        yield run_dir
 
 
-def refuse_another_run(config: Config, output_dir: Path) -> None:
-    for name in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints/*"):
-        if not config.resume and any(output_dir.glob(name)):
-            raise UsageError(
-                f"--output-dir {output_dir} holds a run ({name}); name a new one, or continue that"
-                f" with --resume {output_dir}"
-            )
+def config_to_resume(config: Config) -> Config:
+    """The config of the run in config.resume, with what config says of data and hosts.
 
-
-def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What config.json holds: the fields of Config, and where and on what they were used."""
-    fields = vars(config) | {"resume": None}
-    facts = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
-    facts |= {"trained_on": dataset.name, "versions": library_versions()}
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    program = Path(__file__).read_bytes()
-    return facts | {
-        "device": describe_devices(),
-        "cores": len(cores),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "program_sha256": hashlib.sha256(program).hexdigest(),
-    }
-
-
-def announce(config: Config, dataset: Dataset, state: TrainState, output_dir: Path) -> None:
-    """Says what is about to happen, before the first long wait."""
-    num_images = len(dataset.train_images)
-    steps, left_over = divmod(num_images, config.batch_size)
-    sizes = training_state_bytes(state)  # a parameter has 4 bytes
-    num_parameters, in_critic = (sizes[name]["weights"] // 4 for name in ("actor", "critic"))
-    critic = f"{in_critic:,} parameters" if in_critic else "none"
-    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
-    say(f"Starting GRPO on {dataset.name} training...")
-    say(f"Device: {describe_devices()}; {versions}")
-    say(f"Actor: {num_parameters:,} parameters; critic: {critic}; {describe_seeds(config)}")
-    say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
-    say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
-    say(f"Output: {output_dir}")
-
-
-def describe_seeds(config: Config) -> str:
-    if config.num_seeds == 1:
-        return f"seed {config.seed}"
-    return f"seeds {config.seeds[0]} to {config.seeds[-1]}: mean and 95% interval"
-
-
-def epoch_record(metrics, config, epoch, seconds, num_steps) -> dict[str, Any]:
-    """A line of metrics.jsonl, from the metrics (S,) by name."""
-    figures = over_seeds(metrics)
-    images_per_second = num_steps * config.batch_size * config.num_seeds / seconds
-    figures |= {"epoch": epoch, "seconds": seconds, "images_per_second": images_per_second}
-    return {name: figures.pop(name, None) for name in METRICS} | figures
-
-
-def over_seeds(by_seed: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Means of figures (S,) by name; of several seeds also their values, and the 95% intervals.
-
-    An interval is mean +- t * deviation (ddof=1) / sqrt(S), of Student's t distribution with S - 1
-    degrees of freedom; interval_95 is what follows the +-.
+    UsageError if there is no run, or if config, config.json and checkpoint contradict each other.
     """
-    by_seed = {name: np.asarray(values, np.float64) for name, values in by_seed.items()}
-    figures = {name: values.mean().item() for name, values in by_seed.items()}
-    num_seeds = len(by_seed["accuracy"])
-    if num_seeds > 1:
-        from scipy.special import stdtrit
-
-        factor = stdtrit(num_seeds - 1, 0.975) / math.sqrt(num_seeds)
-        figures["interval_95"] = {
-            name: (factor * values.std(ddof=1)).item() for name, values in by_seed.items()
-        }
-        figures["by_seed"] = {name: values.tolist() for name, values in by_seed.items()}
-    return figures
-
-
-def percent(figures: dict[str, Any], name: str) -> str:
-    """Such as "97.86%", or of several seeds "97.86% +- 0.09%"."""
-    interval = f" +- {figures['interval_95'][name]:.2%}" if "interval_95" in figures else ""
-    return f"{figures[name]:.2%}{interval}"
-
-
-def report_epoch(history: list[dict[str, Any]], config: Config, output_dir: Path) -> None:
-    """Prints the last epoch's line and brings metrics.jsonl up to date."""
-    write_history(history, output_dir)
-    last = history[-1]
-    say(
-        f"Epoch {last['epoch']}/{config.num_epochs}, Accuracy: {percent(last, 'accuracy')},"
-        f" test {percent(last, 'test_accuracy')}, {last['seconds']:.2f} s,"
-        f" {last['images_per_second']:,.0f} images/s"
-    )
+    run_dir, written = config.resume, None
+    newest = newest_checkpoint(run_dir)
+    with contextlib.suppress(OSError, ValueError, TypeError):  # If damaged, it is written anew.
+        written = dict(json.loads((run_dir / "config.json").read_text()))
+    facts = newest[1]["facts"] if newest else written
+    if not facts:
+        raise UsageError(f"--resume {run_dir} is not the directory of a run; name another")
+    fields = {name: facts[name] for name in Config.__dataclass_fields__ if name in facts}
+    here = {"output_dir": run_dir, "resume": run_dir}
+    stored = Config(**fields | dict.fromkeys(HOST_FIELDS) | here)
+    if config.output_dir is None:  # It does not come from parse_flags.
+        unsaid = vars(Config(resume=run_dir))
+        said = {name: value for name, value in vars(config).items() if value != unsaid[name]}
+        config = dataclasses.replace(stored, **said)
+    for name in [name for name in fields if name not in PLACE_FIELDS]:
+        value, kept = getattr(config, name), getattr(stored, name)
+        if value != kept:
+            both = f"{flag(name)} {value} contradicts {kept}, which the run in {run_dir} has"
+            raise UsageError(f"{both}; leave the flag out, or start another run")
+        if written and written.get(name) != facts[name]:
+            both = f"has {written.get(name)} for {name}, and the newest checkpoint {kept}"
+            raise UsageError(f"{run_dir}/config.json {both}; put back the one that is right")
+    return config
 
 
-def write_history(history: list[dict[str, Any]], output_dir: Path) -> None:
-    lines = [json.dumps(record) + "\n" for record in history]
-    write_file(output_dir / "metrics.jsonl", "".join(lines).encode())
+def write_checkpoint(facts: dict, state: TrainState, history: list, seconds, run_dir: Path) -> None:
+    """Writes an .npz file with its SHA-256 at the end, beside the checkpoint of the epoch before.
 
-
-def summarize_run(run: Run, config: Config, dataset: Dataset, seconds: float) -> dict[str, Any]:
-    """What summary.json holds; the seconds are those of the whole run."""
-    actor, last = jax.device_get(run.state.networks.actor), run.history[-1]
-    names = ("accuracy", "test_accuracy", "interval_95", "by_seed")
-    figures = {"dataset": dataset.name, "num_epochs": config.num_epochs}
-    figures |= {name: last[name] for name in names if name in last}
-    if config.num_seeds > 1:
-        actors = [jax.tree.map(lambda x, i=i: x[i], actor) for i in range(config.num_seeds)]
-        hashes = {"params_sha256": [params_sha256(each) for each in actors]}
-        figures["by_seed"] = last["by_seed"] | hashes
-    return figures | {
-        "seconds": seconds,
-        "training_state_bytes": training_state_bytes(run.state),
-        "params_sha256": params_sha256(actor),
-    }
-
-
-def announce_end(summary: dict[str, Any], output_dir: Path) -> None:
-    accuracy, test_accuracy = percent(summary, "accuracy"), percent(summary, "test_accuracy")
-    say("--- Training completed! ---")
-    say(
-        f"Accuracy {accuracy}, test accuracy {test_accuracy}"
-        f" after {summary['num_epochs']} epochs and {summary['seconds']:.1f} s"
-    )
-    say(f"params_sha256: {summary['params_sha256']}")
-    say(f"Learning curve: {output_dir / 'curves.png'}")
-
-
-def plot_curves(history, config, dataset, answers, confidences, output_dir: Path) -> None:
-    """Draws curves.png: accuracy by epoch, of several seeds with the 95% interval as a band; and
-    twelve wrong test answers of the first seed, from sure to doubtful.
+    Not with Orbax, which restores flipped bits silently and does not fall back from a damaged step.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    axes = left.subplots()
-    for name, style, label in (
-        ("accuracy", "o-", "training images, sampled answers"),
-        ("test_accuracy", "s--", "test images, likeliest answer"),
-    ):
-        epochs = [record["epoch"] for record in history]
-        mean = np.array([100 * record[name] for record in history])
-        axes.plot(epochs, mean, style, label=label)
-        if config.num_seeds > 1:
-            margin = np.array([100 * record["interval_95"][name] for record in history])
-            axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.25)
-    title = f"GRPO on {dataset.name}, {describe_seeds(config)}"
-    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    wrong = np.flatnonzero(answers != dataset.test_labels)
-    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
-    shown = wrong[:: max(1, -(-len(wrong) // 12))]
-    counts = f"{len(wrong):,} of {len(answers):,}"
-    right.suptitle(f"Seed {config.seed}: {counts} test images wrong; some, surest first")
-    for axes, index in itertools.zip_longest(right.subplots(3, 4).flat, shown):
-        axes.axis("off")
-        if index is not None:
-            axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
-            truth, answer = dataset.test_labels[index], answers[index]
-            axes.set_title(f"{truth}: said {answer}, {confidences[index]:.0%}", fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture)
-    write_file(output_dir / "curves.png", picture.getvalue())
-
-
-def training_state_bytes(state: TrainState) -> dict[str, Any]:
-    """Bytes that training keeps for each seed: weights, their gradients, Adam's two moments."""
-    first, second = (optax.tree.get(state.optimizer_state, name) for name in ("mu", "nu"))
-
-    def count(tree: Any) -> int:
-        return sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(tree))
-
-    sizes = {}
-    for name, network in state.networks._asdict().items():
-        adam = count(getattr(first, name)) + count(getattr(second, name))
-        sizes[name] = {"weights": count(network), "gradients": count(network), "adam": adam}
-    sizes["reference"] = {"weights": count(state.reference)}
-    return sizes | {"total": sum(sum(parts.values()) for parts in sizes.values())}
-
-
-def params_sha256(actor: Actor) -> str:
-    """SHA-256 over the bytes of the parameters, in the order of their names, all seeds in each."""
-    parameters = jax.device_get(jax.tree.leaves(actor))
-    return hashlib.sha256(b"".join(x.tobytes() for x in parameters)).hexdigest()
-
-
-@contextlib.contextmanager
-def progress_bar(num_steps: int, done: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step; draws on a terminal, and nothing into a pipe."""
-    columns = TextColumn("Training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    seen = is_first_process() and sys.stdout is not None and sys.stdout.isatty()
-    with Progress(*columns, transient=True, refresh_per_second=4, disable=not seen) as progress:
-        task = progress.add_task("", total=num_steps, completed=done)
-        yield lambda: progress.advance(task)
-
-
-def library_versions() -> dict[str, str]:
-    names = ("jax", "flax", "optax", "tfp-nightly", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def describe_devices() -> str:
-    """Such as "1 x cpu", or "4 x cpu of 2 processes"."""
-    devices, processes = find_devices(), jax.process_count()
-    together = f" of {processes} processes" if processes > 1 else ""
-    return f"{len(devices)} x {devices[0].device_kind}{together}"
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
-
-
-def write_file(path: Path, *chunks: Any) -> None:
-    """Writes a file whole or not at all, and on the disk before it returns.
-
-    Under another name first, so that its content is there before its name is. Of several processes,
-    only the first does.
-    """
-    if not is_first_process():
+    if jax.process_index() > 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    content, directory = io.BytesIO(), run_dir / "checkpoints"
+    header = {"format": CHECKPOINT_FORMAT, "facts": facts, "history": history, "seconds": seconds}
+    np.savez(content, header=json.dumps(header), **named_arrays(state))
+    width = len(str(facts["num_epochs"]))  # Names are to be in the order of the epochs.
+    path, previous = (directory / f"epoch-{len(history) - i:0{width}}.npz" for i in (0, 1))
+    for old in set(checkpoint_paths(run_dir)) - {previous}:
+        old.unlink()
+    write_file(path, content.getvalue() + hashlib.sha256(content.getbuffer()).digest())
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """The newest first."""
+    return sorted((run_dir / "checkpoints").glob("epoch-*.npz"), reverse=True)
+
+
+def newest_checkpoint(run_dir: Path, notify=False) -> tuple[Path, dict, dict] | None:
+    """Path, header and arrays of a run's newest whole checkpoint; None if there is none yet."""
+    paths = checkpoint_paths(run_dir)
+    for path in paths:
+        content = path.read_bytes() if path.is_file() else b""
+        packed, digest = content[:-32], content[-32:]
+        if hashlib.sha256(packed).digest() == digest:
+            arrays = dict(np.load(io.BytesIO(packed)))
+            header = json.loads(str(arrays.pop("header")))
+            if header["format"] != CHECKPOINT_FORMAT:
+                formats = f"format {header['format']}, and this program reads {CHECKPOINT_FORMAT}"
+                raise UsageError(f"{path} has {formats}; continue with the program that wrote it")
+            return path, header, arrays
+        if notify:
+            say(f"NOTICE: {path} does not match its SHA-256; it is damaged and not used.")
+    finished, begun = ((run_dir / name).exists() for name in ("summary.json", "metrics.jsonl"))
+    if (paths or begun) and not finished:
+        damaged = ", ".join(path.name for path in paths) or "none is left"
+        where = f"{run_dir / 'checkpoints'} holds no whole checkpoint ({damaged})"
+        raise RunError(f"{where}; put one back, or start the run again in another --output-dir")
+    return None
+
+
+def restore(config: Config, facts: dict, fresh: TrainState) -> tuple[TrainState, list, float]:
+    """State, history and seconds of the newest checkpoint, if there is one; says what changed."""
+    newest = newest_checkpoint(config.resume, notify=True) if config.resume else None
+    if newest is None:
+        return fresh, [], 0.0
+    path, header, arrays = newest
+    history, expected = header["history"], named_arrays(fresh)
+    shapes = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (arrays, expected)]
+    if shapes[0] != shapes[1]:
+        raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
+    metrics = config.resume / "metrics.jsonl"
+    if metrics.exists() and metrics.read_bytes().count(b"\n") > len(history):
+        say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
+    before, now = (each | each["versions"] for each in (header["facts"], facts))
+    for name in ("device", "cores", "xla_flags", "program_sha256", *facts["versions"]):
+        if now[name] != before.get(name):
+            say(f"NOTICE: {name} was {before.get(name)}, is {now[name]}: results may differ.")
+    say(f"Resumed: {len(history)} of {config.num_epochs} epochs are done, from {path}")
+    write_history(history, config.resume)
+    state = jax.tree.unflatten(jax.tree.structure(fresh), [arrays[name] for name in expected])
+    on_each_device, _ = shardings()
+    state = jax.device_put(state, on_each_device)
+    state = state._replace(key=jax.random.wrap_key_data(state.key))
+    return state, history, header["seconds"]
+
+
+def load_actor(run_dir: Path, seed: int | None = None) -> Actor:
+    """The trained actor of a run, from its newest whole checkpoint, to be called on images.
+
+    Of several seeds, it is the first or the one asked for. UsageError if there is no such run, seed
+    or checkpoint; RunError if all checkpoints of an unfinished run are damaged.
+    """
+    newest = newest_checkpoint(Path(run_dir), notify=True)
+    if newest is None:
+        raise UsageError(f"{run_dir} holds no checkpoint; name a run that has finished an epoch")
+    _, header, arrays = newest
+    first, num_seeds = header["facts"]["seed"], header["facts"]["num_seeds"]
+    index = 0 if seed is None else seed - first
+    if not 0 <= index < num_seeds:
+        raise UsageError(f"{run_dir} has the seeds {first} to {first + num_seeds - 1}, not {seed}")
+    actor = Actor(784, 10, rngs=nnx.Rngs(0))
+    leaves = [jnp.asarray(arrays[f"networks.actor.{name}"][index]) for name in named_arrays(actor)]
+    return jax.tree.unflatten(jax.tree.structure(actor), leaves)
+
+
+def named_arrays(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of a tree by name, such as networks.actor.output.bias.value of a TrainState."""
+    arrays = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        arrays[jax.tree_util.keystr(path, simple=True, separator=".")] = np.asarray(leaf)
+    return arrays
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, onto the disk; of several processes, the first does."""
+    if jax.process_index() > 0:
+        return
+    temporary = path.with_name(f"{path.name}.tmp")  # The name is not there before the content.
     try:
         with temporary.open("wb") as file:
-            file.writelines(chunks)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -1517,113 +905,323 @@ def write_file(path: Path, *chunks: Any) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}; once it can, go on with --resume"
-        ) from error
+        reason = f"{path} cannot be written: {error.strerror}"
+        raise RunError(f"{reason}; once it can, go on with --resume") from error
 
 
 def sync_directory(path: Path) -> None:
-    """Brings the names in a directory onto the disk."""
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Brings the names in a directory onto the disk, where the system can."""
+    with contextlib.suppress(PermissionError):  # Windows does not open directories.
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+# --- Reports --------------------------------------------------------------------------------
+
+METRICS = (  # Unless said otherwise, means over the epoch's batches or updates, and over seeds.
+    "epoch",  # 1 is the first
+    "accuracy",  # share of the sampled answers that are the label
+    "reward",  # mean of calculate_rewards, whatever that gives
+    "test_accuracy",  # share of the test images whose likeliest answer is the label
+    "seconds",  # of training alone
+    "images_per_second",
+    "loss",  # all its terms: clip, KL, entropy, critic; no measure of progress
+    "reward_std",  # standard deviation of a batch's rewards
+    "frac_reward_zero_std",  # share of the groups (batches, or images) whose rewards are all equal
+    "entropy",  # of the policy, in nats; ln 10 = 2.3 is pure guessing
+    "kl",  # from the reference, in nats; null while beta is 0
+    "ratio_max",  # the largest pi / pi_old of the epoch
+    "clip_ratio_low",  # share of all answers that have A < 0 and a ratio below 1 - epsilon
+    "clip_ratio_high",  # share of all answers that have A > 0 and a ratio above 1 + epsilon_high
+    "grad_norm",  # of the actor's gradients
+    "learning_rate",
+)
 
 
 def say(line: str) -> None:
-    if is_first_process():
+    if jax.process_index() == 0:
         print(line, flush=True)
 
 
-# --- main: flags in, exit status out --------------------------------------------------------
+def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What config.json holds: the fields of Config, and on what they were used."""
+    fields = vars(config) | {"dataset": dataset.name, "resume": None}
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()} | {
+        "versions": {"python": sys.version.split()[0]}
+        | {name: version(name) for name in libraries},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}",
+        "cores": len(cores),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "program_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the program. 0: done, 1: failed, 2: invalid flags, 130: Ctrl-C, 143: SIGTERM."""
-    signals = []
-
-    def note(number, frame):
-        if signals:  # a second one does not wait for the step
-            stop_at_once(number, frame)
-        signals.append(number)
-        if jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = {}
-    try:
-        config = parse_flags(argv)
-        join_processes(config)
-        # With several processes JAX watches for SIGTERM itself, and tells the others.
-        joined = jax.distributed.is_initialized()
-        for number in (signal.SIGINT,) if joined else (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-        train(config, signals)
-        return 0
-    except Interrupted as interruption:
-        number, run_dir = interruption.args
-        command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
-        if jax.distributed.is_initialized():
-            command += " on every host, with its own three flags"
-        further = f"go on with: {command}" if is_first_process() else "so did the others"
-        return complain(f"stopped by {signal.Signals(number).name}; {further}", 128 + number)
-    except UsageError as error:
-        return complain(error, status=2)
-    except BrokenPipeError as error:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return complain(error, status=1)
-    except (RunError, OSError, UnicodeError) as error:
-        return complain(error, status=1)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        remedy = "if memory ran out, lower --batch-size or --num-generations"
-        if jax.distributed.is_initialized():
-            remedy += "; if another process has ended, see why, and start all again, with --resume"
-        return complain(f"{first_line(error)}; {remedy}", status=1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def announce(config: Config, facts: dict, dataset, state: TrainState, run_dir: Path) -> None:
+    """Says what is about to happen, before the first long wait."""
+    num_images = len(dataset.train_images)
+    steps, left_over = divmod(num_images, config.batch_size)
+    actor, critic = (sum(x[0].size for x in jax.tree.leaves(network)) for network in state.networks)
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    say(f"Starting GRPO on {dataset.name} training...")
+    say(f"Device: {facts['device']}; {versions}")
+    seeds = config.seed if config.num_seeds == 1 else f"{config.seed} to {config.seeds[-1]}"
+    say(f"Parameters: {actor:,} of the actor, {critic:,} of the critic; seed: {seeds}")
+    say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
+    say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
+    say(f"Output: {run_dir}")
 
 
-def parse_flags(argv: list[str] | None) -> Config:
-    """Flags to Config; with --resume, what they leave unsaid is as in the run to continue.
+def over_seeds(by_seed: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means of figures (S,) by name; of several seeds also their values, and 95% intervals.
 
-    tyro explains a mistake in a box; this raises its first sentence.
+    interval_95 is what follows the +-: Student's t * deviation (ddof=1) / sqrt(S).
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
-    run_dir = finder.parse_known_args(argv)[0].resume
-    unsaid = Config(resume=run_dir)
-    if run_dir:
-        unsaid, *_ = config_to_resume(unsaid, unsaid)
-    box = io.StringIO()
+    by_seed = {name: np.asarray(values, np.float64) for name, values in by_seed.items()}
+    figures = {name: values.mean().item() for name, values in by_seed.items()}
+    num_seeds = len(by_seed["accuracy"])
+    if num_seeds > 1:
+        from scipy.special import stdtrit
+
+        factor = (stdtrit(num_seeds - 1, 0.975) / num_seeds**0.5).item()
+        intervals = {name: factor * values.std(ddof=1).item() for name, values in by_seed.items()}
+        lists = {name: values.tolist() for name, values in by_seed.items()}
+        figures |= {"interval_95": intervals, "by_seed": lists}
+    return figures
+
+
+def percent(figures: dict, name: str) -> str:
+    """Such as "97.86%", or of several seeds "97.86% +- 0.09%"."""
+    interval = f" +- {figures['interval_95'][name]:.2%}" if "interval_95" in figures else ""
+    return f"{figures[name]:.2%}{interval}"
+
+
+def write_history(history: list[dict], run_dir: Path) -> None:
+    lines = [json.dumps(record) + "\n" for record in history]
+    write_file(run_dir / "metrics.jsonl", "".join(lines).encode())
+
+
+def report_epoch(config: Config, history: list[dict], run_dir: Path) -> None:
+    """Prints the last epoch's line and brings metrics.jsonl up to date."""
+    write_history(history, run_dir)
+    last = history[-1]
+    differs = abs(last["reward"] - last["accuracy"]) > 1e-6
+    reward = f", reward {last['reward']:.4f}" if differs else ""
+    accuracy, test_accuracy = percent(last, "accuracy"), percent(last, "test_accuracy")
+    speed = f"{last['seconds']:.2f} s, {last['images_per_second']:,.0f} images/s"
+    number = f"{last['epoch']}/{config.num_epochs}"
+    say(f"Epoch {number}, Accuracy: {accuracy}{reward}, test {test_accuracy}, {speed}")
+
+
+def end_run(config: Config, dataset, state, history: list, began, run_dir: Path) -> None:
+    """Draws the picture, writes summary.json, which marks the run as finished, and says so."""
+    plot_curves(config, dataset, state, history, run_dir)
+    names = ("accuracy", "reward", "test_accuracy", "interval_95", "by_seed")
+    summary = {name: history[-1][name] for name in names if name in history[-1]}
+    summary |= {"dataset": dataset.name, "num_epochs": config.num_epochs}
+    summary["training_state_bytes"] = training_state_bytes(state)
+    parameters = jax.device_get(jax.tree.leaves(state.networks.actor))
+    summary["params_sha256"] = params_sha256(parameters)
+    if config.num_seeds > 1:
+        of_each = [[x[index] for x in parameters] for index in range(config.num_seeds)]
+        hashes = {"params_sha256": [params_sha256(arrays) for arrays in of_each]}
+        summary["by_seed"] = summary["by_seed"] | hashes
+    summary["seconds"] = time.perf_counter() - began
+    write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+    accuracy, test_accuracy = percent(summary, "accuracy"), percent(summary, "test_accuracy")
+    duration = f"{config.num_epochs} epochs and {summary['seconds']:.1f} s"
+    say("--- Training completed! ---")
+    say(f"Accuracy {accuracy}, test accuracy {test_accuracy} after {duration}")
+    say(f"params_sha256: {summary['params_sha256']}")
+    say(f"Learning curve: {run_dir / 'curves.png'}")
+
+
+def plot_curves(config: Config, dataset, state: TrainState, history: list, run_dir: Path) -> None:
+    """Draws accuracy by epoch, and up to twelve wrong test answers, from sure to doubtful."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    axes, epochs = left.subplots(), range(1, len(history) + 1)
+    for name, style, label in (
+        ("accuracy", "o-", "training images, sampled answers"),
+        ("test_accuracy", "s--", "test images, likeliest answer"),
+    ):
+        mean = np.array([100 * record[name] for record in history])
+        axes.plot(epochs, mean, style, label=label)
+        if config.num_seeds > 1:
+            margin = np.array([100 * record["interval_95"][name] for record in history])
+            label = f"95% interval of {config.num_seeds} seeds"
+            axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.25, label=label)
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"GRPO on {dataset.name}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    predictions = predict_all(state.networks.actor, dataset.test_images)
+    answers, confidences = (np.asarray(x)[0] for x in predictions)
+    wrong = np.flatnonzero(answers != dataset.test_labels)
+    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
+    counts = f"{len(wrong):,} of {len(answers):,}"
+    right.suptitle(f"Seed {config.seed}: {counts} test images wrong; some, surest first")
+    shown = wrong[:: max(1, -(-len(wrong) // 12))]
+    for axes, index in itertools.zip_longest(right.subplots(3, 4).flat, shown):
+        axes.axis("off")
+        if index is not None:
+            axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
+            said = f"{dataset.test_labels[index]}: said {answers[index]}, {confidences[index]:.0%}"
+            axes.set_title(said, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_file(run_dir / "curves.png", picture.getvalue())
+
+
+def training_state_bytes(state: TrainState) -> dict[str, Any]:
+    """Bytes that training keeps for each seed: weights, their gradients, Adam's two moments."""
+    sizes = {"reference": {"weights": sum(x[0].nbytes for x in jax.tree.leaves(state.reference))}}
+    for name, network in state.networks._asdict().items():
+        weights = sum(x[0].nbytes for x in jax.tree.leaves(network))
+        sizes[name] = {"weights": weights, "gradients": weights, "adam": 2 * weights}
+    return sizes | {"total": sum(sum(parts.values()) for parts in sizes.values())}
+
+
+def params_sha256(parameters: list[np.ndarray]) -> str:
+    """SHA-256 over the bytes of the actor's arrays, of all seeds, in the order of their names."""
+    return hashlib.sha256(b"".join(x.tobytes() for x in parameters)).hexdigest()
+
+
+# --- Flags and exit status ------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """The user asked for something invalid: a flag, a directory (exit status 2)."""
+
+
+class RunError(RuntimeError):
+    """Something went wrong on the way: data, disk, numbers (exit status 1)."""
+
+
+class DataUnavailable(RunError):
+    """The files are neither on this machine nor to be had from the network."""
+
+
+def main(argv: list[str] | None = None, on_start: Callable = lambda run_dir: None) -> int:
+    """Runs the program; returns 0 if it is done, 1 if it failed, and 2 for invalid flags."""
     try:
-        with contextlib.redirect_stderr(box):
-            config = tyro.cli(Config, args=argv, default=unsaid, description=first_line(__doc__))
-        return config_to_resume(config, unsaid)[0] if run_dir else config
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise
-    lines = (line.strip("| \u2502") for line in box.getvalue().splitlines()[1:])
-    sentence = " ".join(itertools.takewhile(lambda line: line.strip("-\u2500"), lines))
-    raise UsageError(sentence.removeprefix("Error parsing Config: ") + " (see --help)")
-
-
-def complain(error: object, status: int) -> int:
-    """Prints one line on standard error and hands the exit status through."""
-    print(f"grpo_mnist.py: {first_line(error)}", file=sys.stderr, flush=True)
-    return status
+        train(parse_flags(argv), on_start)
+        return 0
+    except (UsageError, RunError, OSError, UnicodeError, MemoryError, JaxRuntimeError) as error:
+        message = first_line(error)
+        if isinstance(error, MemoryError | JaxRuntimeError):
+            message += "; if memory ran out, lower --batch-size or --num-generations"
+            message += "; if another process has ended, see why, and start all again, with --resume"
+        if isinstance(error, BrokenPipeError):  # The reader of our output has gone, as `| head`.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"grpo_mnist.py: {message}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def first_line(error: object) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-if __name__ == "__main__":
+def end_at_signals(run_dir: Path | None = None) -> None:
+    """Lets Ctrl-C and SIGTERM end the process at once, with a line that says how to resume.
+
+    Not by an exception, which Python loses where it is raised in a callback.
+    """
+    command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
+    hint = f"; resume with: {command}" if run_dir else ""
+
+    def end(number, _):
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # The progress bar has hidden the cursor.
+        os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}{hint}\n".encode())
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+def parse_flags(argv: list[str] | None) -> Config:
+    """Flags to Config; with --resume, a flag that is left out is as in the run to continue."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
+    run_dir = finder.parse_known_args(argv)[0].resume
+    defaults = {"default": config_to_resume(Config(resume=run_dir))} if run_dir else {}
+    box = io.StringIO()
     try:
-        status = main()
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    if status in (1, 2) and jax.distributed.is_initialized():  # else it waits for the others
-        os._exit(status)
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Config, args=argv, description=first_line(__doc__), **defaults)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+    # tyro explains a mistake in a box, of which the first sentence is kept.
+    lines = (line.strip("| \u2502") for line in box.getvalue().splitlines()[1:])
+    sentence = " ".join(itertools.takewhile(lambda line: line.strip("-\u2500"), lines))
+    raise UsageError(sentence.removeprefix("Error parsing Config: ") + " (see --help)")
+
+
+def flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def complete_and_check(config: Config) -> None:
+    """Fills in what depends on other fields; UsageError for a value that breaks a rule."""
+    for name in ("data_dir", "output_dir", "resume"):
+        if getattr(config, name) is not None:
+            object.__setattr__(config, name, Path(getattr(config, name)).expanduser())
+    for name in ("dataset", "lr_schedule", "baseline", "scale_rewards", "kl_estimator"):
+        choices = get_args(Config.__dataclass_fields__[name].type)
+        if getattr(config, name) not in choices:
+            raise UsageError(f"{flag(name)} {getattr(config, name)!r} must be one of {choices}")
+    if config.num_generations is None:
+        object.__setattr__(config, "num_generations", 8 if config.compares_answers else 1)
+    for name, holds, rule in rules(config):
+        if not holds:
+            raise UsageError(f"{flag(name)} {getattr(config, name)} must be {rule}")
+
+
+def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
+    """Yields (field, whether the rule holds, what the value must be)."""
+    for name, value in vars(c).items():
+        finite = not isinstance(value, int | float) or abs(value) < 3.4e38
+        yield name, finite, "a finite number, within float32"
+    counts = ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_minibatches")
+    for name in (*counts, "num_seeds"):
+        yield name, getattr(c, name) >= 1, "1 or more"
+    for name in ("beta", "ref_sync_epochs", "entropy_coef"):
+        yield name, getattr(c, name) >= 0, "0 or more"
+    answers, updates = c.batch_size * c.num_generations, c.num_iterations * c.num_minibatches
+    alone = answers == 1 and "batch" in (c.baseline, c.scale_rewards)
+    yield "batch_size", not alone, "2 or more: a group of one learns nothing"
+    sizes = "smaller: --batch-size x --num-generations x --num-seeds must be below 2**31"
+    yield "num_generations", answers * c.num_seeds < 2**31, sizes
+    several, where = c.num_generations > 1, "where the answers to an image are compared"
+    yield "num_generations", several or not c.compares_answers, f"2 or more {where}"
+    yield "dynamic_sampling", c.compares_answers or not c.dynamic_sampling, f"on only {where}"
+    yield "num_iterations", updates < 2**31, "smaller: x --num-minibatches, below 2**31 in all"
+    yield "learning_rate", np.float32(c.learning_rate) > 0, "above 0, in float32 too"
+    yield "clip_epsilon", 0 < c.clip_epsilon < 1, "above 0 and below 1"
+    yield "clip_epsilon_high", c.upper_clip_epsilon > 0, "above 0"
+    unused = "while --beta is 0, which leaves the KL term out"
+    yield "kl_estimator", c.beta > 0 or c.kl_estimator == "exact", f"exact {unused}"
+    yield "ref_sync_epochs", c.beta > 0 or c.ref_sync_epochs == 0, f"0 {unused}"
+    yield "seed", 0 <= c.seed <= 2**32 - c.num_seeds, "0 or more, the last below 2**32"
+    yield "output_dir", not c.resume or c.output_dir in (None, c.resume), f"{c.resume}, as --resume"
+    address, port = c.coordinator_address, (c.coordinator_address or "").rpartition(":")[2]
+    given = [value is not None for value in (address, c.num_processes, c.process_id)]
+    fits = not any(given) or address == "auto" or (all(given) and port.isdigit())
+    yield "coordinator_address", fits, "host:port, with --num-processes and --process-id, or auto"
+
+
+if __name__ == "__main__":
+    end_at_signals()
+    status = main(on_start=end_at_signals)
+    if status and jax.distributed.is_initialized():
+        os._exit(status)  # sys.exit would wait for the other processes.
     sys.exit(status)

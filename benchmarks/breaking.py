@@ -18,6 +18,7 @@ from common import (
     final_actor,
     finished_run,
     grpo_mnist,
+    library_versions,
     parse_options,
     write_results,
 )
@@ -146,7 +147,7 @@ def main():
     if options.draw:
         draw({row["name"]: row for row in there["rows"]})
         return
-    same = there.get("versions") == grpo_mnist.library_versions()
+    same = there.get("versions") == library_versions()
     kept = {row["command"]: row for row in there["rows"] if same}
     dataset = grpo_mnist.load_dataset("mnist", options.data_dir)
     original = {"learning_rate": 1e-4, "lr_schedule": "constant"}

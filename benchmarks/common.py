@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 
 import grpo_mnist  # noqa: E402
 
@@ -35,6 +37,15 @@ def parse_options(description, *switches):
     return options
 
 
+def library_versions():
+    libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in libraries}
+
+
+def describe_device():
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def describe_machine():
     """What a reader needs to know to compare figures with their own."""
     processor = platform.processor() or platform.machine()
@@ -47,15 +58,30 @@ def describe_machine():
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": grpo_mnist.library_versions(),
+        "versions": library_versions(),
     }
 
 
-def state_and_step(dataset, config, num_steps):
+def state_and_step(dataset, config):
     """As the trainer's main loop makes them."""
     state = grpo_mnist.create_state(config)
-    first_batch = next(grpo_mnist.batches(dataset, config, epoch=1))
-    return state, grpo_mnist.compile_step(state, first_batch, config, num_steps)
+    return state, grpo_mnist.compile_step(config, dataset, state)
+
+
+def run_epoch(step, state, batches):
+    """The main loop's inner loop: the new state, and the metrics of each step."""
+    step_metrics = []
+    for images, labels in batches:
+        state, metrics = step(state, images, labels)
+        step_metrics.append(metrics)
+        if len(step_metrics) % 4 == 0:
+            jax.block_until_ready(step_metrics[-2])
+    return state, step_metrics
+
+
+def mean_accuracy(step_metrics):
+    """The mean over the steps and the seeds; waits for the device."""
+    return float(np.mean([metrics["accuracy"] for metrics in jax.device_get(step_metrics)]))
 
 
 def command_of(flags):
@@ -75,26 +101,22 @@ def finished_run(flags, data_dir, num_seeds):
 
 
 def final_actor(run_dir, num_seeds):
-    """The actors of all seeds, from the last checkpoint of a run."""
-    _, _, arrays = grpo_mnist.newest_checkpoint(run_dir)
-    fresh = grpo_mnist.create_state(grpo_mnist.Config(num_seeds=num_seeds))
-    names = [name for name in grpo_mnist.named_arrays(fresh) if name.startswith("networks.actor.")]
-    structure = jax.tree.structure(fresh.networks.actor)
-    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+    """The actors of the seeds from 0 on, from the last checkpoint of a run, as one with an axis."""
+    actors = [grpo_mnist.load_actor(run_dir, seed) for seed in range(num_seeds)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *actors)
 
 
-def prepare_ours(dataset, config, num_epochs):
+def prepare_ours(dataset, config):
     """The trainer's own main loop, with nothing but the reporting left out: runs an epoch."""
-    num_steps = num_epochs * (len(dataset.train_images) // config.batch_size)
-    state, step = state_and_step(dataset, config, num_steps)
+    state, step = state_and_step(dataset, config)
 
-    def run_epoch(epoch):
+    def run_one(epoch):
         nonlocal state
-        batches = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches)
-        return grpo_mnist.average_over_steps(step_metrics)["accuracy"].mean().item()
+        stream = grpo_mnist.batches(config, dataset, epoch)
+        state, step_metrics = run_epoch(step, state, stream)
+        return mean_accuracy(step_metrics)
 
-    return run_epoch
+    return run_one
 
 
 def work(run_epoch):

@@ -9,8 +9,10 @@ of them. The strong setting and the one for equal feedback were chosen by tuning
 test images. Writes results/comparison.json, and the figures algorithms.png and strong.png.
 """
 
+import dataclasses
 import json
 import shlex
+import time
 from functools import partial
 
 import jax
@@ -23,6 +25,7 @@ from common import (
     finished_run,
     grpo_mnist,
     parse_options,
+    run_epoch,
     spread,
     state_and_step,
     write_results,
@@ -113,7 +116,7 @@ def supervise(name, changes, dataset):
     history = []
     for epoch in range(1, config.num_epochs + 1):
         accuracies = []
-        for images, labels in grpo_mnist.batches(dataset, config, epoch):
+        for images, labels in grpo_mnist.batches(config, dataset, epoch):
             actor, adam, accuracy = step(actor, adam, images, labels)
             accuracies.append(accuracy)
         answers, _ = grpo_mnist.predict_all(actor, dataset.test_images)
@@ -131,17 +134,18 @@ def time_epochs(commands, dataset):
     runners = {}
     for flags in commands:
         config = grpo_mnist.parse_flags(shlex.split(flags))
-        steps = len(dataset.train_images) // config.batch_size
-        state, step = state_and_step(dataset, config, (TIMED_EPOCHS + 1) * steps)
-        runners[flags] = [state, step, config]
+        config = dataclasses.replace(config, num_epochs=TIMED_EPOCHS + 1)
+        runners[flags] = [*state_and_step(dataset, config), config]
     seconds = {flags: [] for flags in commands}
     for epoch in range(1, TIMED_EPOCHS + 2):  # the first is not counted
         for flags, runner in runners.items():
             state, step, config = runner
-            stream = grpo_mnist.batches(dataset, config, epoch)
-            runner[0], _, taken = grpo_mnist.stream_batches(step, state, stream)
+            stream = grpo_mnist.batches(config, dataset, epoch)
+            began = time.perf_counter()
+            runner[0], step_metrics = run_epoch(step, state, stream)
+            jax.device_get(step_metrics)
             if epoch > 1:
-                seconds[flags].append(taken)
+                seconds[flags].append(time.perf_counter() - began)
     return seconds
 
 

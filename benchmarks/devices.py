@@ -35,7 +35,7 @@ FLAGS = ("--dataset=digits", "--num-epochs=3", "--output-dir=run")
 def record(dataset_name, data_dir, num_seeds, num_steps, path, flags):
     """A process of a run: samples as the step will, then takes it; the first one writes it down."""
     given = grpo_mnist.parse_flags(flags)
-    grpo_mnist.join_processes(given)
+    grpo_mnist.start_jax(given)
     dataset = grpo_mnist.load_dataset(dataset_name, data_dir)
     seen = {
         f"rounds_{rounds}_seed_{seed}_{name}": values
@@ -51,14 +51,11 @@ def record(dataset_name, data_dir, num_seeds, num_steps, path, flags):
 
 def record_steps(dataset, config, num_steps):
     """The answers and rewards of steps, their accuracy, and the parameters after the first."""
-    steps_per_epoch = len(dataset.train_images) // config.batch_size
-    state, step = state_and_step(dataset, config, 10 * steps_per_epoch)
-    batches = grpo_mnist.batches(dataset, config, epoch=1)
+    state, step = state_and_step(dataset, config)
     on_each_device, by_image = grpo_mnist.shardings()
-    leaves, structure = jax.tree.flatten(state)
 
-    def sample(leaves, images, labels):
-        state = jax.tree.unflatten(structure, [leaf.squeeze(0) for leaf in leaves])
+    def sample(state, images, labels):
+        state = jax.tree.map(lambda x: x.squeeze(0), state)
         key = jax.random.split(state.key)[1]  # as train_step does
         rollout = grpo_mnist.sample_rollout(state, images[0], labels[0], key, config)
         return rollout.actions, rollout.rewards
@@ -66,16 +63,15 @@ def record_steps(dataset, config, num_steps):
     placed = (on_each_device, by_image, by_image)
     sample = jax.jit(sample, in_shardings=placed, out_shardings=on_each_device)
     seen = {"actions": [], "rewards": [], "accuracy": []}
-    for batch in itertools.islice(batches, num_steps):
+    for batch in itertools.islice(grpo_mnist.batches(config, dataset, epoch=1), num_steps):
         shares = (jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch)
-        actions, rewards = sample(leaves, *shares)
+        actions, rewards = sample(state, *shares)
         seen["actions"].append(np.asarray(actions))
         seen["rewards"].append(np.asarray(rewards))
-        leaves, metrics = step(leaves, *batch)
+        state, metrics = step(state, *batch)
         seen["accuracy"].append(metrics["accuracy"].item())
         if "parameters" not in seen:
-            networks = jax.tree.unflatten(structure, leaves).networks
-            flat = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(networks)]
+            flat = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(state.networks)]
             seen["parameters"] = np.concatenate(flat)
     return seen
 

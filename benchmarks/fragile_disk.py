@@ -123,11 +123,12 @@ class FragileDisk:
 
 
 class FragileFile:
-    """A binary file whose writes are operations; the rest is the file's own."""
+    """A binary file whose writes are operations; it can do no more than the program asks of it."""
 
     def __init__(self, file, disk):
         self.file = file
         self.disk = disk
+        self.flush, self.fileno = file.flush, file.fileno
 
     def write(self, chunk):
         def halfway():
@@ -136,13 +137,6 @@ class FragileFile:
 
         self.disk.operation(halfway)
         return self.file.write(chunk)
-
-    def writelines(self, chunks):
-        for chunk in chunks:
-            self.write(chunk)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
     def __enter__(self):
         return self

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import (
     RESULTS,
+    describe_device,
     grpo_mnist,
     prepare_ours,
     spread,
@@ -133,12 +134,12 @@ def main():
         kind, size = options.worker[0], int(options.worker[1])
         if kind == "width":
             widen(size)
-        config = grpo_mnist.Config(**({} if kind == "width" else {kind: size}))
+        changes = {} if kind == "width" else {kind: size}
         dataset = grpo_mnist.load_dataset("mnist", options.data_dir)
-        work(prepare_ours(dataset, config, EPOCHS))
+        work(prepare_ours(dataset, grpo_mnist.Config(num_epochs=EPOCHS, **changes)))
         return
     if not options.draw:
-        device = grpo_mnist.describe_devices()
+        device = describe_device()
         growth = {}
         for kind, sizes in SIZES.items():
             if kind == "num_seeds" and not device.endswith("cpu"):

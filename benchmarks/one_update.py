@@ -25,7 +25,7 @@ COMMAND = "python grpo_mnist.py --seed 2 --batch-size 8 --learning-rate 3e-4"
 def first_update(dataset):
     """What train_step computes for the first batch, round by round, as lists; and the images."""
     config = grpo_mnist.parse_flags(shlex.split(COMMAND)[2:])
-    images, labels = (x[0] for x in next(grpo_mnist.batches(dataset, config, epoch=1)))
+    images, labels = (x[0] for x in next(grpo_mnist.batches(config, dataset, epoch=1)))
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
     optimizer = grpo_mnist.create_optimizer(config, num_steps)
     state = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from common import (
     ROOT,
+    describe_device,
     grpo_mnist,
     prepare_ours,
     spread,
@@ -90,7 +91,7 @@ def prepare_without_jit(dataset, config):
     from flax import nnx
 
     actor = grpo_mnist.Actor(784, 10, rngs=nnx.Rngs(0))
-    num_updates = EPOCHS * STEPS * config.num_iterations
+    num_updates = config.num_epochs * STEPS * config.num_iterations
     schedule = optax.cosine_decay_schedule(config.learning_rate, num_updates)
     optimizer = nnx.Optimizer(actor, optax.adam(schedule), wrt=nnx.Param)
     rngs = nnx.Rngs(1)
@@ -102,7 +103,7 @@ def prepare_without_jit(dataset, config):
 
     def run_epoch(epoch):
         accuracies = []
-        for (images,), (labels,) in grpo_mnist.batches(dataset, config, epoch):
+        for (images,), (labels,) in grpo_mnist.batches(config, dataset, epoch):
             images = jnp.asarray(images, jnp.float32) / 255
             policy = actor(images)
             actions = policy.sample(seed=rngs())
@@ -123,15 +124,16 @@ def prepare_pytorch(dataset, config, indexed=False):
     from pytorch_grpo import Learner
 
     images, labels = torch.from_numpy(dataset.train_images.copy()), dataset.train_labels
-    learner = Learner(images, torch.from_numpy(labels), EPOCHS, config.num_iterations, indexed)
+    schedule = config.num_epochs, config.num_iterations
+    learner = Learner(images, torch.from_numpy(labels), *schedule, indexed)
     return lambda epoch: learner.train_epoch()
 
 
 def run_worker(contestant, num_iterations, data_dir):
-    config = grpo_mnist.Config(num_iterations=num_iterations)
+    config = grpo_mnist.Config(num_iterations=num_iterations, num_epochs=EPOCHS)
     dataset = grpo_mnist.load_dataset("mnist", data_dir)
     prepare = {
-        "ours": functools.partial(prepare_ours, num_epochs=EPOCHS),
+        "ours": prepare_ours,
         "products": prepare_products,
         "pytorch": prepare_pytorch,
         "pytorch, indexed": functools.partial(prepare_pytorch, indexed=True),
@@ -143,14 +145,19 @@ def run_worker(contestant, num_iterations, data_dir):
 def run_one_step(data_dir):
     """The program itself, up to the end of its first step."""
 
-    def one_step(step, state, stream, *_):
-        import jax
+    compile_step = grpo_mnist.compile_step
 
-        _, metrics = step(jax.tree.leaves(state), *next(stream))
-        print(f"First step: {metrics['accuracy'].item():.2%}", flush=True)
-        os._exit(0)
+    def compile_one_step(*arguments):
+        step = compile_step(*arguments)
 
-    grpo_mnist.stream_batches = one_step
+        def one_step(*batch):
+            _, metrics = step(*batch)
+            print(f"First step: {metrics['accuracy'].item():.2%}", flush=True)
+            os._exit(0)
+
+        return one_step
+
+    grpo_mnist.compile_step = compile_one_step
     grpo_mnist.main([f"--data-dir={data_dir}", "--output-dir=run"])
 
 
@@ -272,7 +279,7 @@ def main():
         run_one_step(data_dir)
         return
     results = measure(options.repeats, data_dir)
-    device = {"device": grpo_mnist.describe_devices(), "pytorch": version("torch")}
+    device = {"device": describe_device(), "pytorch": version("torch")}
     for name in ("whole_run", "first_step"):
         print(name, results[name]["ratios"])
     for row in results["rows"]:

@@ -12,10 +12,10 @@ bits: the best of those without an entropy bonus, which two seeds do not tell fr
 
 import argparse
 import shlex
+import time
 from pathlib import Path
 
-import numpy as np
-from common import grpo_mnist, state_and_step, write_results
+from common import grpo_mnist, run_epoch, state_and_step, write_results
 
 NUM_SEEDS = 2
 HELD_OUT = 10_000
@@ -57,25 +57,24 @@ def held_out(dataset):
 def try_out(flags, dataset):
     """A candidate: the accuracy of its sampled answers by epoch, and on the held-out images."""
     config = grpo_mnist.parse_flags([*shlex.split(flags), f"--num-seeds={NUM_SEEDS}"])
-    num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
-    state, step = state_and_step(dataset, config, num_steps)
-    accuracies = []
+    state, step = state_and_step(dataset, config)
+    history = []
     for epoch in range(1, config.num_epochs + 1):
-        stream = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, stream)
-        metrics = grpo_mnist.average_over_steps(step_metrics)
-        accuracies.append(float(metrics["accuracy"].mean()))
-    answers, _ = grpo_mnist.predict_all(state.networks.actor, dataset.test_images)
-    held_out_accuracy = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
+        began = time.perf_counter()
+        state, step_metrics = run_epoch(step, state, grpo_mnist.batches(config, dataset, epoch))
+        facts = state, epoch, began, step_metrics
+        history.append(grpo_mnist.end_epoch(config, dataset, *facts))
+    accuracies, last = [record["accuracy"] for record in history], history[-1]
+    held_out_accuracy = last["test_accuracy"]
     print(
-        f"held out {held_out_accuracy.mean():.4f}, sampled in epoch 5 {accuracies[4]:.4f}: {flags}",
+        f"held out {held_out_accuracy:.4f}, sampled in epoch 5 {accuracies[4]:.4f}: {flags}",
         flush=True,
     )
     return {
         "flags": flags,
         "held_out_accuracy": {
-            "mean": float(held_out_accuracy.mean()),
-            "by_seed": held_out_accuracy.tolist(),
+            "mean": held_out_accuracy,
+            "by_seed": last["by_seed"]["test_accuracy"],
         },
         "accuracy_by_epoch": accuracies,
     }

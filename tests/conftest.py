@@ -4,11 +4,11 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from common import state_and_step
+from common import run_epoch, state_and_step
 from hypothesis import settings
 
 import grpo_mnist
@@ -77,9 +77,9 @@ def dataset(request):
     return request.getfixturevalue("mnist" if SHARED_MNIST.is_dir() else "digits")
 
 
-def start_program(*flags, prefix=(), **options):
+def start_program(*flags, program=ROOT / "grpo_mnist.py", **options):
     """Starts `python grpo_mnist.py flags` as a user would, with its output in pipes."""
-    command = [*prefix, sys.executable, str(ROOT / "grpo_mnist.py"), *map(str, flags)]
+    command = [sys.executable, str(program), *map(str, flags)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -101,6 +101,16 @@ def assert_one_line_error(errors, *words):
         assert word in errors
 
 
+def edited_program(path, *edits):
+    """Writes a copy of the program to path, in which texts that it has once are other ones."""
+    text = (ROOT / "grpo_mnist.py").read_text()
+    for before, after in edits:
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    path.write_text(text)
+    return path
+
+
 def read_history(run):
     """The metrics of each epoch that a run has written."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
@@ -117,14 +127,10 @@ def tree(directory):
 
 def train_in_memory(dataset, config):
     """The main loop's own functions, without the printing and the files."""
-    num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
-    state, step = state_and_step(dataset, config, num_steps)
+    state, step = state_and_step(dataset, config)
     history = []
     for epoch in range(1, config.num_epochs + 1):
-        batches = grpo_mnist.batches(dataset, config, epoch)
-        state, step_metrics, _ = grpo_mnist.stream_batches(step, state, batches)
-        metrics = grpo_mnist.average_over_steps(step_metrics)
-        answers, _ = grpo_mnist.predict_all(state.networks.actor, dataset.test_images)
-        metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
-        history.append(grpo_mnist.over_seeds(metrics))
+        began = time.perf_counter()
+        state, step_metrics = run_epoch(step, state, grpo_mnist.batches(config, dataset, epoch))
+        history.append(grpo_mnist.end_epoch(config, dataset, state, epoch, began, step_metrics))
     return history

@@ -3,7 +3,6 @@
 benchmarks/faults.py has what befalls real processes here, and tries it more often.
 """
 
-import dataclasses
 import importlib.util
 import shutil
 import signal
@@ -14,17 +13,17 @@ import faults
 import jax
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, read_history, read_json, tree
+from conftest import assert_one_line_error, read_history, read_json, start_program, tree
 from jax.experimental.compilation_cache import compilation_cache
 
 import grpo_mnist
-from grpo_mnist import Config, Interrupted, UsageError, main
+from grpo_mnist import Config, UsageError, main
 
-FAULTS = {  # 15 operations on the disk end with the report of the first epoch
+FAULTS = {  # 14 operations on the disk end with the report of the first epoch, 22 with the second
     "killed": lambda lab: lab.killed(0.8 * lab.seconds),
-    "crash before an old checkpoint is removed": lambda lab: lab.crashed(30, "nothing"),
-    "power cut, contents lost": lambda lab: lab.crashed(16, "contents"),
-    "power cut, all lost": lambda lab: lab.crashed(16, "all"),
+    "crash before an old checkpoint is removed": lambda lab: lab.crashed(23, "nothing"),
+    "power cut, contents lost": lambda lab: lab.crashed(15, "contents"),
+    "power cut, all lost": lambda lab: lab.crashed(15, "all"),
     "resumed after an epoch": lambda lab: lab.resumed_from(1),
     "resumed for the picture alone": lambda lab: lab.resumed_from(3),
     "a bit flipped": lambda lab: lab.damaged(faults.flip(9_999_999), "epoch-2.npz does not match"),
@@ -35,15 +34,17 @@ FAULTS = {  # 15 operations on the disk end with the report of the first epoch
     "NaN": lambda lab: lab.not_a_number("gradients"),
     "a second run": lambda lab: lab.second_run(epoch=1),
 }
-SAFEGUARDS = {  # old: new, which takes a safeguard out of the program
+SAFEGUARDS = {  # old: new, which takes a safeguard out of the program, but for the first
+    "nothing": ('"""Teach ', '"""Teaches '),
     "digest": ("if hashlib.sha256(packed).digest() == digest:", "if packed:"),
     "sync of contents": ("            os.fsync(file.fileno())\n", ""),
     "sync of names": ("os.fsync(directory)", "pass"),
     "random numbers": ("key=jax.random.wrap_key_data(state.key)", "key=fresh.key"),
 }
 MISSED_BY = {  # the fault above that must not be survived without it
-    "sync of contents": lambda lab, program: lab.crashed(16, "contents", program),
-    "sync of names": lambda lab, program: lab.crashed(16, "all", program),
+    "nothing": lambda lab, program: lab.crashed(15, "all", program),
+    "sync of contents": lambda lab, program: lab.crashed(15, "contents", program),
+    "sync of names": lambda lab, program: lab.crashed(15, "all", program),
     "random numbers": lambda lab, program: lab.resumed_from(1, program),
 }
 
@@ -92,7 +93,7 @@ def test_a_run_survives(fault, outcomes):
 @pytest.mark.parametrize("missing", MISSED_BY)
 def test_a_run_does_not_survive_without_its_safeguards(missing, outcomes):
     """Each is in the program for one of the faults above, and that test is red without it."""
-    assert outcomes[missing].result() is False
+    assert outcomes[missing].result() is (missing == "nothing")
 
 
 # --- damaged checkpoints, one by one ---
@@ -154,7 +155,7 @@ def test_without_a_whole_checkpoint_the_run_does_not_go_on(after_two_epochs, cap
 def test_a_newer_format_is_refused(after_two_epochs, capfd):
     faults.forge(after_two_epochs / "epoch-2.npz", faults.newer_format)
     assert main(["--resume", "run"]) == 2
-    assert_one_line_error(capfd.readouterr().err, "epoch-2.npz has format 2", "reads format 1")
+    assert_one_line_error(capfd.readouterr().err, "has format 3, and this program reads 2")
 
 
 def test_what_has_changed_since_is_said(after_two_epochs, capfd):
@@ -184,7 +185,7 @@ def test_a_damaged_config_is_replaced_by_the_checkpoints_copy(after_two_epochs, 
     (after_two_epochs.parent / "config.json").write_text("{")
     assert main(["--resume", "run", "--data-dir", "elsewhere", "--output-dir", "run"]) == 0
     assert "Resumed: 2 of 3 epochs are done" in capfd.readouterr().out
-    config = laboratory.expected["config"] | {"data_dir": "elsewhere"}
+    config = read_json(laboratory.finished / "run" / "config.json") | {"data_dir": "elsewhere"}
     assert read_json("run/config.json") == config
 
 
@@ -200,9 +201,9 @@ def test_a_damaged_config_is_replaced_by_the_checkpoints_copy(after_two_epochs, 
         (["--resume", "run", "--seed", "3"], "--seed 3 contradicts 0, which the run in run has"),
         (["--resume=run", "--batch-size=1024"], "--batch-size 1024 contradicts 8192"),
         (["--resume=run", "--baseline=batch"], "--baseline batch contradicts critic"),
-        (["--resume=run", "--num-epochs=-1"], "--num-epochs -1 contradicts 3"),
+        (["--resume=run", "--num-epochs=-1"], "--num-epochs -1 must be 1 or more"),
         (["--resume=run", "--ref-sync-epochs=0"], "--ref-sync-epochs 0 contradicts 2"),
-        (["--resume=run", "--output-dir=other"], "--output-dir other contradicts run"),
+        (["--resume=run", "--output-dir=other"], "--output-dir other must be run, as --resume"),
         (["--resume=run", "--num-epochs=ten"], "--num-epochs"),
         (["--resume=edited"], "edited/config.json has 9 for num_epochs"),
     ],
@@ -233,51 +234,20 @@ def test_a_finished_run_says_so_and_is_left_alone(laboratory, tmp_path, monkeypa
     assert metrics == read_history("run")
 
 
-class StopAfter(list):
-    """What the signal handler notes, as if a signal came during the n-th step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __len__(self):
-        self.step -= 1
-        if self.step == 0:
-            self.append(signal.SIGTERM)
-        return super().__len__()
-
-
-def test_a_run_that_is_stopped_after_any_step_goes_on_bit_for_bit(tmp_path, capsys):
-    """Two seeds and a moving average; stopped twice within an epoch, and at the ends of two."""
-    config = Config(
-        dataset="digits",
-        batch_size=8192,
-        num_epochs=3,
-        num_iterations=1,
-        num_seeds=2,
-        baseline="ema",
-        scale_rewards="none",
-        output_dir=tmp_path / "undisturbed",
-    )
-    grpo_mnist.train(config)
-    stopped = dataclasses.replace(config, output_dir=tmp_path / "stopped")
-    resumed = Config(resume=tmp_path / "stopped")
-    kept = []
-    for signals in (StopAfter(2), StopAfter(3), StopAfter(2), StopAfter(6)):
-        with pytest.raises(Interrupted):
-            grpo_mnist.train(resumed if kept else stopped, signals)
-        kept.append(tree(tmp_path / "stopped" / "checkpoints"))
-    first, second = "epoch-0-step-1.npz", "epoch-0-step-3.npz"
-    by_epoch = ["epoch-1.npz", "epoch-2.npz"]
-    assert kept == [[first], [first, second], [second, by_epoch[0]], by_epoch]
-    capsys.readouterr()
-    returned = grpo_mnist.train(resumed)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("Resumed: 2 of 3 epochs are done, from ") for line in lines)
-    assert [line[:9] for line in lines if line.startswith("Epoch ")][-1] == "Epoch 3/3"
-    runs = [tmp_path / "undisturbed", tmp_path / "stopped"]
-    assert returned == read_history(runs[1])
+def test_two_seeds_and_a_moving_average_go_on_bit_for_bit(tmp_path):
+    """Stopped by a real signal in the second epoch, and resumed from Python."""
+    flags = ("--dataset=digits", "--num-epochs=3", "--batch-size=8192", "--num-seeds=2")
+    flags += ("--num-iterations=1", "--baseline=ema", "--scale-rewards=none")
+    runs = undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert main([*flags, f"--output-dir={undisturbed}"]) == 0
+    with start_program(*flags, f"--output-dir={stopped}") as process:
+        faults.read_until(process, "Epoch 1/")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+        assert_one_line_error(process.stderr.read(), "stopped by SIGTERM", f"--resume {stopped}")
+    assert grpo_mnist.train(Config(resume=stopped)) == read_history(stopped)
     summaries = [read_json(run / "summary.json") | {"seconds": None} for run in runs]
     assert summaries[0] == summaries[1]
-    assert faults.metrics_without_times(runs[0]) == faults.metrics_without_times(runs[1])
-    assert tree(runs[0]) == tree(runs[1])
-    assert (runs[0] / "curves.png").read_bytes() == (runs[1] / "curves.png").read_bytes()
+    assert faults.metrics_without_times(undisturbed) == faults.metrics_without_times(stopped)
+    assert tree(undisturbed) == tree(stopped)
+    assert (undisturbed / "curves.png").read_bytes() == (stopped / "curves.png").read_bytes()

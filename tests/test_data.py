@@ -1,5 +1,6 @@
 """The data: what is read, what is refused, and what happens with a network and without."""
 
+import contextlib
 import gzip
 import http.server
 import os
@@ -7,13 +8,21 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import MNIST_FILES, ROOT, SHARED_MNIST, assert_one_line_error, set_proxy, tree
+from conftest import (
+    MNIST_FILES,
+    ROOT,
+    SHARED_MNIST,
+    assert_one_line_error,
+    edited_program,
+    run_program,
+    set_proxy,
+    tree,
+)
 
 import grpo_mnist
 from grpo_mnist import Config, DataUnavailable, load_dataset, main
@@ -62,7 +71,7 @@ def test_an_epoch_uses_every_image_at_most_once(dataset):
     left_over = []
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
         chosen = []
-        for images, numbers in grpo_mnist.batches(numbered, Config(seed=seed), epoch):
+        for images, numbers in grpo_mnist.batches(Config(seed=seed), numbered, epoch):
             assert images.shape == (1, 1024, 784)
             np.testing.assert_array_equal(images, dataset.train_images[numbers])
             chosen.extend(numbers[0])
@@ -70,37 +79,34 @@ def test_an_epoch_uses_every_image_at_most_once(dataset):
         left_over.append(frozenset(range(count)) - set(chosen))
     assert len(set(left_over)) == 3
     # Beside others, a seed has the order that it has alone.
-    beside = [numbers[1] for _, numbers in grpo_mnist.batches(numbered, Config(num_seeds=3), 1)]
+    beside = [numbers[1] for _, numbers in grpo_mnist.batches(Config(num_seeds=3), numbered, 1)]
     np.testing.assert_array_equal(np.concatenate(beside), chosen)
 
 
 WATCH_IMPORTS = """
-import sys, threading
-imported = {}
-
-class Watcher:
-    def find_spec(name, *_):
-        in_main = threading.current_thread() is threading.main_thread()
-        imported.setdefault(in_main, []).append(name)
-
-sys.meta_path.insert(0, Watcher)
+import builtins, sys, threading
 import grpo_mnist
+
+def watch(*_):
+    calls.append(builtins.__import__ is original)
+
+calls, original = [], builtins.__import__
+threading.setprofile(watch)  # At every call in threads, of which one reads the data.
 status = grpo_mnist.main(sys.argv[1:])
-print("beside JAX:", imported.get(False), "else:", "jax" in imported[True])
+print("as it was:", len(calls) > 1000 and all(calls))
 sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("name", ["mnist", "digits"])
-def test_nothing_is_imported_beside_jax(name, request, tmp_path):
-    """tensorflow-datasets replaces Python's import meanwhile, which may break one of JAX's."""
-    data_dir = request.getfixturevalue("mnist_dir") if name == "mnist" else tmp_path
-    flags = [f"--dataset={name}", f"--data-dir={data_dir}", "--num-epochs=1", "--batch-size=8192"]
-    program = [sys.executable, "-c", WATCH_IMPORTS, *flags, f"--output-dir={tmp_path / 'run'}"]
+def test_the_import_of_python_stays_as_it_is_while_jax_compiles(mnist_dir, tmp_path):
+    """tensorflow-datasets replaces it when it is imported, which may break an import of JAX's."""
+    program = tmp_path / "watch_imports.py"
+    program.write_text(WATCH_IMPORTS)
+    flags = ["--dataset=mnist", f"--data-dir={mnist_dir}", "--num-epochs=1", "--batch-size=8192"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "beside JAX: None else: True"
+    status, output, errors = run_program(*flags, program=program, env=environment)
+    assert (status, errors) == (0, "")
+    assert output.splitlines()[-1] == "as it was: True"
 
 
 # --- What is refused ---
@@ -166,7 +172,7 @@ def test_a_damaged_file_is_named_and_not_trained_on(
         True: (TEST_IMAGES, "expected 1,648,877 bytes with SHA-256 8d422c7b0a1c1c79"),
         False: (TRAIN_IMAGES, "expected 9,912,422 bytes with SHA-256 440fcabf73cc546f"),
     }[fault == "swapped"]  # test images are read first
-    words = (f"{manual / named} is not the file", expected, "found: ", "remove it", "https://")
+    words = (f"{manual / named} is not the file", expected, "found: ", "remove it")
     assert_one_line_error(errors, *words)
     assert tree(tmp_path) == before
 
@@ -187,8 +193,31 @@ def test_files_that_are_missing_are_named(copied_mnist, tmp_path, capfd):
     assert main([f"--data-dir={copied_mnist}", "--dataset=mnist"]) == 1
     output, errors = capfd.readouterr()
     assert output == ""
-    assert_one_line_error(errors, f"fetch {TEST_IMAGES} from https://", f"into {manual}")
+    assert_one_line_error(errors, f"fetch {TEST_IMAGES} from https://", f"into {manual / 'mnist'}")
     assert TRAIN_IMAGES not in errors
+    assert tree(tmp_path) == before
+
+
+def test_files_in_the_folder_of_their_data_set_come_first(copied_mnist, mnist):
+    """Beside them, directly in manual/, there may be files of another one."""
+    manual = copied_mnist / "downloads" / "manual"
+    (manual / "mnist").mkdir()
+    for name in MNIST_FILES:
+        (manual / name).rename(manual / "mnist" / name)
+        (manual / name).write_text("of another data set")
+    found = load_dataset("mnist", copied_mnist)
+    np.testing.assert_array_equal(found.train_images, mnist.train_images)
+    np.testing.assert_array_equal(found.test_labels, mnist.test_labels)
+
+
+def test_mnist_is_not_taken_for_one_of_its_relatives(copied_mnist, tmp_path, capfd):
+    """Their files have the same names."""
+    before = tree(tmp_path)
+    assert main([f"--data-dir={copied_mnist}", "--dataset=fashion_mnist"]) == 1
+    output, errors = capfd.readouterr()
+    assert output == ""
+    path = copied_mnist / "downloads" / "manual" / TEST_IMAGES
+    assert_one_line_error(errors, f"{path} is not the file", "into manual/<dataset>")
     assert tree(tmp_path) == before
 
 
@@ -215,7 +244,30 @@ def full_network(monkeypatch):
             yield
 
 
-@pytest.mark.parametrize("network", ["refused", "silent_network", "full_network"])
+@pytest.fixture
+def dripping_network(monkeypatch):
+    """A server that sends its answer byte by byte, so that no wait for the next one is long."""
+
+    def drip():
+        connection, _ = server.accept()
+        with connection:
+            while not ended.wait(0.5):
+                connection.sendall(b"H")
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        set_proxy(monkeypatch, server.getsockname()[1])
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        yield
+        ended.set()
+        thread.join()
+
+
+NETWORKS = ["refused", "silent_network", "full_network", "dripping_network"]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_without_a_network_the_decision_falls_within_10_seconds(network, request, tmp_path, capfd):
     if network != "refused":
         request.getfixturevalue(network)
@@ -223,7 +275,7 @@ def test_without_a_network_the_decision_falls_within_10_seconds(network, request
     with pytest.raises(DataUnavailable) as unavailable:
         load_dataset("mnist", tmp_path)
     assert time.monotonic() - began < 10
-    assert f"put them into {tmp_path / 'downloads' / 'manual'}" in str(unavailable.value)
+    assert f"into {tmp_path / 'downloads' / 'manual' / 'mnist'}" in str(unavailable.value)
     assert "\n" not in str(unavailable.value)
     assert capfd.readouterr() == ("", "")
     assert tree(tmp_path) == []
@@ -235,7 +287,7 @@ def test_auto_goes_on_with_digits_and_says_so(tmp_path, capfd, digits):
     np.testing.assert_array_equal(dataset.train_images, digits.train_images)
     notice = capfd.readouterr().out
     assert "NOTICE: mnist cannot be had" in notice
-    assert f"into {tmp_path / 'downloads' / 'manual'}" in notice
+    assert f"into {tmp_path / 'downloads' / 'manual' / 'mnist'}" in notice
     assert "digits INSTEAD OF MNIST" in notice
 
 
@@ -243,7 +295,8 @@ def test_an_explicit_mnist_stops(tmp_path, capfd):
     assert main(["--dataset=mnist", "--data-dir=data"]) == 1
     output, errors = capfd.readouterr()
     assert output == ""
-    assert_one_line_error(errors, "mnist cannot be had", "data/downloads/manual", TRAIN_LABELS)
+    words = ("mnist cannot be had", "data/downloads/manual/mnist", *MNIST_FILES)
+    assert_one_line_error(errors, *words)
     assert tree(tmp_path) == []
 
 
@@ -256,6 +309,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
     status = 200
     files = None  # a directory, or else the bytes that stand for every file
     cut = 0  # bytes that are promised and not sent
+    pause = 0  # seconds after each byte, if they are to come one by one
     tls = None
 
     def do_CONNECT(self):
@@ -275,8 +329,12 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) + self.cut))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
-            self.wfile.flush()
+            size = 1 if self.pause else max(1, len(content))
+            with contextlib.suppress(ConnectionError):  # The client has gone.
+                for start in range(0, len(content), size):
+                    self.wfile.write(content[start : start + size])
+                    self.wfile.flush()
+                    time.sleep(self.pause)
 
     do_HEAD = do_GET
 
@@ -329,6 +387,18 @@ def test_a_download_of_something_else_leaves_nothing_behind(cut, internet, tmp_p
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_download_that_does_not_end_is_given_up(internet, tmp_path):
+    """The program ends, too. In a copy of it that has less patience."""
+    internet(files=bytes(300), pause=0.1)
+    program = edited_program(tmp_path / "hasty.py", ("get(timeout=300)", "get(timeout=1)"))
+    began = time.monotonic()
+    status, output, errors = run_program("--dataset=kmnist", "--data-dir=data", program=program)
+    assert time.monotonic() - began < 25  # of 30 that the file would take
+    assert (status, output) == (1, "")
+    assert_one_line_error(errors, "kmnist cannot be had: no answer from http://", "(TimeoutError)")
+    assert tree(tmp_path) == ["hasty.py"]
+
+
 @pytest.fixture
 def tls(tmp_path_factory, monkeypatch):
     """A certificate for the address of MNIST, and a client that trusts it."""
@@ -359,7 +429,7 @@ def test_mnist_is_downloaded_once_verified_and_kept(mnist, internet, tls, tmp_pa
         f"GET /cvdf-datasets/mnist/{name}" for name in MNIST_FILES
     )
     kept = tree(tmp_path / "downloads" / "mnist")
-    assert [name.rsplit(".", 1)[-1] for name in kept] == ["gz", "INFO"] * 4
+    assert [name.rsplit(".", 1)[-1] for name in kept] == ["gz"] * 4
     assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == ["mnist"]
 
     asked.clear()

@@ -11,10 +11,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_history, read_json, tree
+from conftest import ROOT, assert_one_line_error, read_history, read_json, tree
 from devices import compare, environment, finish, params_sha256, record_layout, start_processes
-
-from grpo_mnist import Config, UsageError, train
 
 PROGRAM = str(ROOT / "grpo_mnist.py")
 FLAGS = ("--dataset=digits", "--num-epochs=6", "--batch-size=4096", "--num-minibatches=2")
@@ -72,10 +70,14 @@ def run_on_devices(num_devices, *flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--batch-size=1001",), "--batch-size 1001 cannot be divided among 8 devices;"),
+        (
+            ("--batch-size=1001",),
+            "--batch-size 1001 cannot be divided into 1 minibatches on 8 devices; make it a"
+            " multiple of 8",
+        ),
         (
             ("--batch-size=1000", "--num-minibatches=2"),
-            "--batch-size 1000 in 2 minibatches cannot be divided among 8 devices; make it a"
+            "--batch-size 1000 cannot be divided into 2 minibatches on 8 devices; make it a"
             " multiple of 16",
         ),
     ],
@@ -84,26 +86,24 @@ def test_a_batch_that_cannot_be_divided_is_refused(flags, message, tmp_path):
     done = run_on_devices(8, *flags, "--output-dir=run")
     assert done.returncode == 2
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert message in line
+    assert_one_line_error(done.stderr, message)
     assert tree(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-processes=2",), "coordinator_address should be defined"),
-        (("--process-id=0",), "coordinator_address should be defined"),
-        (("--coordinator-address=127.0.0.1:1",), "Number of processes must be defined"),
+        (["--num-processes=2"], "host:port, with --num-processes and --process-id, or auto"),
+        (["--process-id=0"], "host:port, with --num-processes and --process-id, or auto"),
+        (["--coordinator-address=127.0.0.1:1"], "with --num-processes and --process-id"),
+        (["--coordinator-address=127.0.0.1", "--num-processes=2", "--process-id=0"], "host:port"),
+        (["--coordinator-address=auto"], "JAX finds no devices or processes"),
     ],
 )
 def test_flags_that_do_not_say_enough_are_refused(flags, message):
     done = run_on_devices(1, *flags)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert "--coordinator-address, --num-processes and --process-id belong together" in line
-    assert message in line
-    assert done.stdout == ""
+    assert_one_line_error(done.stderr, message)
 
 
 @pytest.fixture(scope="module")
@@ -127,30 +127,28 @@ def test_only_the_first_process_prints_and_writes(undisturbed):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
 def test_what_ends_one_process_ends_all_and_costs_nothing(undisturbed, number, tmp_path):
-    """The other stops by itself, with a line; resumed, the run ends as if nothing happened."""
+    """The other is told by JAX, and ends; resumed, the run ends as if nothing happened."""
     processes = start_processes([PROGRAM, *FLAGS], 2, tmp_path)
     for line in processes[0].stdout:
         if line.startswith("Epoch 1/"):
             break
     processes[1].send_signal(number)
     (_, errors, status), (_, victims_errors, victims_status) = finish(processes, timeout=110)
+    # JAX ends a process itself if it hears of a death before the program does, and says so.
+    assert "if another process ended, see why" in errors or "another task died" in errors
+    assert status != 0
     if number == signal.SIGKILL:
-        # JAX ends a process itself if it hears of a death before the program does, and says so.
-        advice = "if another process has ended, see why, and start all again, with --resume"
-        assert advice in errors or "another task died" in errors
-        assert status != 0
+        assert (victims_status, victims_errors) == (-number, "")
     else:
-        assert "stopped by SIGTERM; go on with: " in errors  # as JAX has told it
-        assert status == 143
-        assert "stopped by SIGINT; so did the others" in victims_errors
-        assert victims_status == 130
+        assert victims_status == 128 + number
+        assert_one_line_error(victims_errors, f"stopped by {number.name}; resume with: ")
     first, second = finish(start_processes([PROGRAM, "--resume=run"], 2, tmp_path))
     assert first[2] == second[2] == 0
     assert "Resumed: " in first[0]
     assert params_sha256(first[0]) == params_sha256(undisturbed[1])
 
 
-def test_a_cluster_that_jax_knows_needs_no_flags(tmp_path):
+def test_a_cluster_that_jax_knows_needs_one_flag(tmp_path):
     """Two tasks with the environment that Slurm would give them."""
     short = ("--dataset=digits", "--num-epochs=1", "--batch-size=16384", "--num-iterations=1")
     tasks = []
@@ -159,7 +157,7 @@ def test_a_cluster_that_jax_knows_needs_no_flags(tmp_path):
         slurm |= {"SLURM_NTASKS": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
         tasks.append(
             subprocess.Popen(
-                [sys.executable, PROGRAM, *short],
+                [sys.executable, PROGRAM, *short, "--coordinator-address=auto"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -175,30 +173,23 @@ def test_a_cluster_that_jax_knows_needs_no_flags(tmp_path):
 
 
 def test_processes_that_do_not_agree_are_refused(tmp_path):
-    """Each with its own seed: the second says so, the first does not wait for it for ever."""
+    """Each with its own seed."""
     own = [["--seed=1"], ["--seed=2"]]
-    processes = start_processes([PROGRAM, *FLAGS], 2, tmp_path, own_flags=own)
-    first, second = finish(processes, timeout=110)
-    assert second[2] == 1
-    assert "process 1 has other flags, data, versions, program or checkpoint" in second[1]
-    assert first[2] != 0
-    assert "Epoch 1/" not in first[0]
+    for output, errors, status in finish(start_processes([PROGRAM, *FLAGS], 2, tmp_path, 1, own)):
+        assert status == 1
+        what = "the processes differ in flags, data, versions, program or checkpoints; "
+        assert what in errors
+        assert "Starting" not in output
+    assert tree(tmp_path) == []
 
 
-def test_one_process_of_one_is_a_run_like_any_other(tmp_path):
+def test_without_an_address_a_process_runs_alone():
     """Also where JAX takes the environment for a cluster of more."""
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4"}
     slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=16384", "--num-processes=1")
+    flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=16384")
     done = subprocess.run(
         [sys.executable, PROGRAM, *flags], capture_output=True, text=True, env=environment() | slurm
     )
     assert done.returncode == 0, done.stderr
     assert "Device: 1 x cpu;" in done.stdout
-
-
-def test_train_does_not_take_a_part_for_the_whole():
-    """The flags of several processes, without join_processes: refused, since it would run alone."""
-    config = Config(coordinator_address="127.0.0.1:1", num_processes=2, process_id=0)
-    with pytest.raises(UsageError, match="--num-processes 2, but JAX knows of 1;"):
-        train(config)

@@ -111,10 +111,13 @@ def circulating_rows():
 
 
 def metric_cells():
-    """The figures of the defaults in the first and the last epoch, by metric, mean of the seeds."""
+    """The figures of the defaults in the first and the last epoch, by metric, mean of the seeds.
+
+    Results without a reward are of a program in which the accuracy was the mean reward.
+    """
     (row,) = (r for r in read_json(RESULTS / "breaking.json")["rows"] if r["name"] == "defaults")
     cells = {}
-    for name, by_epoch in row["by_epoch"].items():
+    for name, by_epoch in ({"reward": row["by_epoch"]["accuracy"]} | row["by_epoch"]).items():
         kind = ".1%" if "accuracy" in name else ".2%" if "clip" in name else ".2g"
         cells[name] = [f"{statistics.mean(by_epoch[epoch]):{kind}}" for epoch in (0, -1)]
     return cells
@@ -288,6 +291,8 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "one line, status 1; resumed, the same result": "一行訊息，結束代碼 1；續訓後結果相同",
     "one line, status 130; resumed, the same result": "一行訊息，結束代碼 130；續訓後結果相同",
     "one line, status 143; resumed, the same result": "一行訊息，結束代碼 143；續訓後結果相同",
+    "ends at once, status 130; resumed, the same result": "立即結束，結束代碼 130；續訓後結果相同",
+    "ends at once, status 143; resumed, the same result": "立即結束，結束代碼 143；續訓後結果相同",
     "one line with both, status 2": "一行訊息列出兩者，結束代碼 2",
     "a notice with both": "通知列出兩者",
     "one line, status 2; the first is not disturbed": "一行訊息，結束代碼 2；第一次執行不受影響",
@@ -593,16 +598,18 @@ def test_every_command_in_a_readme_parses(readme):
 def test_the_flags_are_those_of_config(readme):
     """Every flag has its row, with its default; no row is of a flag that is not there."""
     rows = dict(re.findall(r"^\| `(--[\w-]+)` \| `?([^|`]*)`? \|", read(readme), re.MULTILINE))
-    assert list(rows) == [flag(name) for name in Config.__dataclass_fields__]
-    defaults = Config()
-    for name in set(Config.__dataclass_fields__) - {"data_dir"}:
-        default = getattr(defaults, name)
+    fields = Config.__dataclass_fields__
+    assert list(rows) == [flag(name) for name in fields]
+    for name in set(fields) - {"data_dir"}:
+        default = fields[name].default
         if default is None:
-            continue  # said in words
+            continue  # It is described in words.
         if default is False:
             assert rows[flag(name)] == "off"
         else:
             assert type(default)(rows[flag(name)]) == default
+    numbers = [str(config.num_generations) for config in (Config(), Config(baseline="group"))]
+    assert re.findall(r"\d+", rows["--num-generations"]) == numbers
 
 
 def test_the_two_languages_agree():
@@ -658,7 +665,7 @@ def test_the_header_quotes_the_committed_result():
     header = " ".join(grpo_mnist.__doc__.split())
     assert f"{accuracy:.1%} of the sampled answers" in header
     assert f"{test_accuracy:.1%} of the test images" in header
-    assert f"after {defaults['seconds']['median']:.0f} s in all" in header
+    assert f"take {defaults['seconds']['median']:.0f} s on two CPU cores (medians of" in header
 
 
 def pins():

@@ -1,5 +1,6 @@
 """The first thing to run: does it work here at all? About 15 seconds."""
 
+import pytest
 from conftest import read_history, run_program, train_in_memory, tree
 
 import grpo_mnist
@@ -23,7 +24,8 @@ def test_the_program_trains_and_writes_its_files(tmp_path):
     metrics = read_history("run")
     assert [list(epoch) for epoch in metrics] == [list(grpo_mnist.METRICS)] * 2
     for line, epoch in zip(epochs, metrics, strict=True):
-        assert f"Accuracy: {100 * epoch['accuracy']:.2f}%" in line
+        assert f"Accuracy: {100 * epoch['accuracy']:.2f}%, test " in line  # no reward beside it
+        assert epoch["reward"] == pytest.approx(epoch["accuracy"])
     assert metrics[1]["accuracy"] > metrics[0]["accuracy"] > 0.2
 
 

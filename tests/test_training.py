@@ -1,10 +1,13 @@
 """Whole runs: that they learn what there is to learn, count right, and repeat themselves."""
 
 import hashlib
+import io
 import re
 import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,6 +15,8 @@ import pytest
 from common import state_and_step
 from conftest import (
     ROOT,
+    assert_one_line_error,
+    edited_program,
     read_history,
     read_json,
     run_program,
@@ -23,7 +28,7 @@ from flax import nnx
 from scipy.stats import t
 
 import grpo_mnist
-from grpo_mnist import Config
+from grpo_mnist import Config, UsageError
 
 
 def test_shuffled_labels_teach_nothing(dataset):
@@ -62,24 +67,13 @@ def test_the_documented_command_reaches_what_it_promises(mnist_dir, tmp_path):
     assert history[-1]["learning_rate"] < 0.0001
 
     config = read_json("run/config.json")
-    facts = {"trained_on", "versions", "device", "cores", "xla_flags", "program_sha256"}
+    facts = {"versions", "device", "cores", "xla_flags", "program_sha256"}
     assert set(Config.__dataclass_fields__) | facts == set(config)
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
-    digits, tmp_path, monkeypatch, capsys
-):
-    """A whole run with every term in the loss; its files against what train() knows."""
-    states = []
-    epoch = grpo_mnist.train_epoch
-
-    def keep_state(*arguments):
-        run = epoch(*arguments)
-        states.append(jax.tree.map(np.array, run.state.networks.actor))
-        return run
-
-    monkeypatch.setattr(grpo_mnist, "train_epoch", keep_state)
+def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(digits, tmp_path, capsys):
+    """A whole run with every term in the loss; its files against what train() returns."""
     config = Config(
         batch_size=4096,
         num_epochs=3,
@@ -87,11 +81,13 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
         baseline="critic",
         beta=0.01,
         entropy_coef=0.001,
-        ref_sync_epochs=1,
+        ref_sync_epochs=2,
         lr_schedule="constant",
     )
-    returned = grpo_mnist.train(config)
+    opened = []
+    returned = grpo_mnist.train(config, on_start=opened.append)
     (run,) = (tmp_path / "runs").iterdir()
+    assert [path.resolve() for path in opened] == [run]
     assert run.name.startswith("digits-0-2")
     output = capsys.readouterr().out
     assert output.index("INSTEAD OF MNIST") < output.index("Starting GRPO on digits training...")
@@ -101,7 +97,7 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
     assert [metrics["learning_rate"] for metrics in history] == [pytest.approx(3e-3)] * 3
     assert all(0 < metrics["kl"] < 3 for metrics in history)
     summary = read_json(run / "summary.json")
-    last = states[-1]
+    last = grpo_mnist.load_actor(run)
     digest = hashlib.sha256()
     for layer in (last.hidden_1, last.hidden_2, last.output):
         digest.update(np.asarray(layer.bias).tobytes() + np.asarray(layer.kernel).tobytes())
@@ -113,10 +109,26 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(
     total = 4 * (4 * (118_282 + 117_121) + 118_282)
     expected = {"actor": actor, "critic": critic, "reference": reference, "total": total}
     assert summary["training_state_bytes"] == expected
-    last = jax.tree.map(lambda parameter: parameter[0], last)
-    answers, _ = grpo_mnist.predict(last, digits.test_images)
-    assert summary["test_accuracy"] == pytest.approx(np.mean(answers == digits.test_labels))
-    assert read_json(run / "config.json")["trained_on"] == "digits"
+    assert summary["test_accuracy"] == pytest.approx(share_of_right_answers(last, digits))
+    assert read_json(run / "config.json")["dataset"] == "digits"
+
+    # The reference became the actor of epoch 2, and stayed that.
+    second, third = (arrays_of(run / "checkpoints" / f"epoch-{epoch}.npz") for epoch in (2, 3))
+    for name in (name for name in third if name.startswith("reference.")):
+        actor = name.replace("reference.", "networks.actor.")
+        np.testing.assert_array_equal(second[name], second[actor])
+        np.testing.assert_array_equal(third[name], second[actor])
+        assert np.any(third[name] != third[actor])
+
+
+def share_of_right_answers(actor, dataset):
+    answers = actor(dataset.test_images.astype(np.float32) / 255).mode()
+    return np.mean(np.asarray(answers) == dataset.test_labels)
+
+
+def arrays_of(checkpoint):
+    """What a checkpoint holds before its SHA-256."""
+    return np.load(io.BytesIO(checkpoint.read_bytes()[:-32]))
 
 
 def test_a_terminal_gets_a_progress_bar():
@@ -140,8 +152,7 @@ def test_a_terminal_gets_a_progress_bar():
 
 
 def test_evaluation_counts_every_test_image(digits):
-    actor, other = (grpo_mnist.Actor(784, 10, rngs=nnx.Rngs(seed)) for seed in (0, 1))
-    assert grpo_mnist.params_sha256(actor) != grpo_mnist.params_sha256(other)
+    actor = grpo_mnist.Actor(784, 10, rngs=nnx.Rngs(0))
     answers, confidences = grpo_mnist.predict(actor, digits.test_images)
     assert answers.shape == confidences.shape == (360,)
     for index in range(0, 360, 45):
@@ -191,27 +202,28 @@ def test_every_algorithm_learns(dataset, flags):
 def test_a_step_for_several_seeds_is_the_step_for_each(dataset):
     """With the defaults: the same answers; parameters as equal as float32 sums in another order."""
     num_seeds = 2
-    together, step = state_and_step(dataset, Config(num_seeds=num_seeds), num_steps=100)
-    images, labels = next(grpo_mnist.batches(dataset, Config(num_seeds=num_seeds), epoch=1))
-    together, metrics = step(jax.tree.leaves(together), images, labels)
+    together, step = state_and_step(dataset, Config(num_seeds=num_seeds))
+    images, labels = next(grpo_mnist.batches(Config(num_seeds=num_seeds), dataset, epoch=1))
+    together, metrics = step(together, images, labels)
     for seed in range(num_seeds):
         config = Config(seed=seed)
-        alone, step = state_and_step(dataset, config, num_steps=100)
-        (own_images, own_labels) = next(grpo_mnist.batches(dataset, config, epoch=1))
+        alone, step = state_and_step(dataset, config)
+        own_images, own_labels = next(grpo_mnist.batches(config, dataset, epoch=1))
         np.testing.assert_array_equal(own_images[0], images[seed])
-        alone, own_metrics = step(jax.tree.leaves(alone), own_images, own_labels)
+        alone, own_metrics = step(alone, own_images, own_labels)
         assert own_metrics["accuracy"][0] == metrics["accuracy"][seed]
         assert float(own_metrics["loss"][0]) == pytest.approx(
             float(metrics["loss"][seed]), abs=1e-6
         )
-        for one, beside in zip(alone[:6], together[:6], strict=True):  # the parameters
+        parameters = (jax.tree.leaves(state.networks.actor) for state in (alone, together))
+        for one, beside in zip(*parameters, strict=True):
             # Where a gradient is 0 but for rounding, Adam's first steps differ.
             difference = np.abs(np.asarray(one[0]) - beside[seed])
             assert difference.mean() < 1e-6
             assert np.mean(difference > 1e-5) < 0.01
 
 
-def test_several_seeds_are_the_same_runs_as_each_alone(capfd):
+def test_several_seeds_are_the_same_runs_as_each_alone(digits, capfd):
     """In one compiled program and in five runs: the same figures for each seed.
 
     At a learning rate at which rounding is not amplified: at the default one, a difference in the
@@ -244,39 +256,88 @@ def test_several_seeds_are_the_same_runs_as_each_alone(capfd):
     assert summary["training_state_bytes"] == alone["training_state_bytes"]
     assert {"interval_95", "by_seed"} & set(alone) == set()
     assert len(set(summary["by_seed"]["params_sha256"])) == 5
+    # The actor of each seed can be loaded; the first one's, if none is named.
+    for seed, accuracy in zip(
+        (None, 8, 9, 10, 11), summary["by_seed"]["test_accuracy"], strict=True
+    ):
+        actor = grpo_mnist.load_actor("together", seed)
+        assert share_of_right_answers(actor, digits) == pytest.approx(accuracy)
+    for seed in (6, 12):
+        with pytest.raises(UsageError, match=f"together has the seeds 7 to 11, not {seed}"):
+            grpo_mnist.load_actor("together", seed)
 
 
-def test_the_loop_stays_ahead_of_the_device_by_a_few_steps(dataset):
-    """Else the progress bar would lie, and Ctrl-C would wait for all the steps sent off."""
-    config = Config(batch_size=1024, num_iterations=8)
-    state, compiled = state_and_step(dataset, config, num_steps=100)
+def test_an_actor_is_not_loaded_from_where_there_is_none(tmp_path):
+    for run in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UsageError, match=f"{run} holds no checkpoint"):
+            grpo_mnist.load_actor(run)
+
+
+def test_a_baseline_and_a_reward_of_ones_own_are_one_entry_each(tmp_path):
+    """The median of an image's rewards, and how near an answer is to the digit."""
+    program = edited_program(
+        tmp_path / "nearest_digit.py",
+        (
+            "BASELINES = {",
+            'BASELINES = {\n    "median": Statistic('
+            "lambda rewards, _: jnp.median(rewards, IMAGE, keepdims=True), IMAGE),",
+        ),
+        (
+            "return (actions == labels[:, None]).astype(jnp.float32)",
+            "return -abs(actions - labels[:, None]).astype(jnp.float32)",
+        ),
+    )
+    flags = ("--dataset=digits", "--baseline=median", "--num-epochs=2", "--output-dir=run")
+    status, output, errors = run_program(*flags, program=program)
+    assert (status, errors) == (0, "")
+    assert read_json("run/config.json")["num_generations"] == 8
+    last = read_history("run")[-1]
+    assert last["accuracy"] > 0.5
+    assert last["test_accuracy"] > 0.5
+    assert -2 < last["reward"] < 0
+    assert f"Accuracy: {100 * last['accuracy']:.2f}%, reward {last['reward']:.4f}, test " in output
+
+    status, output, errors = run_program(*flags, "--num-generations=1", program=program)
+    assert (status, output) == (2, "")
+    assert_one_line_error(errors, "--num-generations 1 must be 2 or more")
+
+
+def test_the_loop_stays_ahead_of_the_device_by_a_few_steps(monkeypatch):
+    """Else the progress bar would lie, and the batches sent off would fill the memory."""
     losses, pending = [], []
+    compile_step = grpo_mnist.compile_step
 
-    def step(*arguments):
-        leaves, metrics = compiled(*arguments)
-        losses.append(metrics["loss"])
-        return leaves, metrics
+    def compile_and_watch(*arguments):
+        compiled = compile_step(*arguments)
 
-    def advance():
-        pending.append(sum(not loss.is_ready() for loss in losses))
+        def step(*arguments):
+            pending.append(sum(not loss.is_ready() for loss in losses))
+            state, metrics = compiled(*arguments)
+            losses.append(metrics["loss"])
+            return state, metrics
 
-    grpo_mnist.stream_batches(step, state, grpo_mnist.batches(dataset, config, 1), advance)
-    assert len(pending) == len(dataset.train_images) // 1024
+        return step
+
+    monkeypatch.setattr(grpo_mnist, "compile_step", compile_and_watch)
+    grpo_mnist.train(Config(dataset="digits", num_epochs=1, num_iterations=8))
+    assert len(pending) == 35
     assert 1 <= max(pending) <= 6
 
 
-def test_a_number_that_is_none_is_named_with_epoch_and_seed():
+def test_a_number_that_is_none_is_named_with_epoch_and_seed(digits):
     config = Config(seed=5, num_seeds=3)
     state = grpo_mnist.create_state(config)
-    metrics = {"loss": np.zeros(3), "entropy": np.ones(3)}
-    grpo_mnist.check_finite(metrics, state.networks, config, epoch=2)
+    metrics = {"accuracy": np.ones(3), "loss": np.zeros(3), "entropy": np.ones(3)}
     bad_metrics = metrics | {"entropy": np.array([1, np.nan, 1])}
+    # As train() calls it at the end of an epoch, here the second.
+    end_epoch = partial(grpo_mnist.end_epoch, config, digits, state, 2, time.perf_counter())
+    assert end_epoch([metrics, metrics])["entropy"] == 1
     with pytest.raises(grpo_mnist.RunError, match="epoch 2, seed 6: not finite: entropy;"):
-        grpo_mnist.check_finite(bad_metrics, state.networks, config, epoch=2)
+        end_epoch([metrics, bad_metrics])
     bias = state.networks.actor.output.bias
     bias[...] = bias[...].at[2, 3].set(np.inf)
     with pytest.raises(grpo_mnist.RunError, match="epoch 2, seed 7: not finite: the parameters;"):
-        grpo_mnist.check_finite(metrics, state.networks, config, epoch=2)
+        end_epoch([metrics, metrics])
 
 
 def test_the_code_is_clean():

@@ -1,21 +1,23 @@
 """The tutorial against the program: its snippets, commands, messages, exercises and one update."""
 
 import ast
+import itertools
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import one_update
 import pytest
 from common import state_and_step
-from conftest import ROOT, read_json, run_program
+from conftest import ROOT, edited_program, read_json, run_program
 from test_documents import READMES, RESULTS, read
 
 import grpo_mnist
+
+EXAMPLE = "from grpo_mnist import "  # How a block begins that is no piece of the file.
 
 
 def blocks(text, language):
@@ -36,22 +38,37 @@ def unfolded(text):
 
 @pytest.mark.parametrize("readme", READMES)
 def test_snippets_are_lines_of_the_file(readme):
-    snippets = blocks(unfolded(read(readme)), "python")
+    blocks_of_python = blocks(unfolded(read(readme)), "python")
+    snippets = [block for block in blocks_of_python if not block.startswith(EXAMPLE)]
     assert len(snippets) > 10
     for snippet in snippets:
         assert f"\n{snippet}" in read("grpo_mnist.py"), snippet
 
 
 def message_templates():
-    """Every text in the program, with ... where a value stands."""
-    for node in ast.walk(ast.parse(read("grpo_mnist.py"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-        elif isinstance(node, ast.JoinedStr):
-            parts = [
-                part.value if isinstance(part, ast.Constant) else "..." for part in node.values
-            ]
-            yield "".join(parts)
+    """Every text in the program, with ... where a value stands that is not itself a text."""
+    for function in ast.walk(ast.parse(read("grpo_mnist.py"))):
+        if isinstance(function, ast.FunctionDef):
+            texts = {}  # What the variables of the function are given, by name.
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign):
+                    texts.setdefault(ast.unparse(node.targets[0]), []).append(node.value)
+            for node in ast.walk(function):
+                yield from as_texts(node, texts)
+
+
+def as_texts(node, texts):
+    """The messages that a piece of code can make."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr(values=parts):
+            choices = itertools.product(*(as_texts(part, texts) for part in parts))
+            return ["".join(choice) for choice in choices]
+        case ast.FormattedValue(value=ast.Name(id=name)) if name in texts:
+            others = {other: values for other, values in texts.items() if other != name}
+            return [text for value in texts[name] for text in as_texts(value, others)]
+    return ["..."]
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -125,10 +142,9 @@ def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir):
         for name in ("probabilities", "ratios", "loss", "grad_norm"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
     config = grpo_mnist.parse_flags(shlex.split(one_update.COMMAND)[2:])
-    num_steps = config.num_epochs * (len(mnist.train_images) // config.batch_size)
-    state, step = state_and_step(mnist, config, num_steps)
-    batch = next(grpo_mnist.batches(mnist, config, epoch=1))
-    _, metrics = step(jax.tree.leaves(state), *batch)
+    state, step = state_and_step(mnist, config)
+    images, labels = next(grpo_mnist.batches(config, mnist, epoch=1))
+    _, metrics = step(state, images, labels)
     for name in ("loss", "clip_ratio_low", "clip_ratio_high", "grad_norm"):
         by_round = [each[name] for each in committed["rounds"]]
         assert metrics[name] == pytest.approx(np.mean(by_round), rel=1e-3)
@@ -136,6 +152,37 @@ def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir):
     printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     described = list(one_update.describe(committed))
     assert list(map(masked, printed.splitlines())) == list(map(masked, described))
+
+
+def test_a_trained_network_is_loaded_as_shown(tmp_path, digits):
+    """The README's example, with digits in the place of MNIST."""
+    blocks_of_python = blocks(unfolded(read("README.md")), "python")
+    (example,) = (block for block in blocks_of_python if block.startswith(EXAMPLE))
+    example = example.replace("mnist-0", "digits-0").replace('"mnist"', '"digits"')
+    (run_dir,) = re.findall(r"runs/[\w-]+", example)
+    grpo_mnist.train(grpo_mnist.Config(dataset="digits", num_epochs=1, output_dir=run_dir))
+    names = {}
+    exec(example, names)
+    assert len(names["answers"]) == len(names["probabilities"]) == 5
+    answers, _ = grpo_mnist.predict(names["actor"], digits.test_images)
+    accuracy = np.mean(np.asarray(answers) == digits.test_labels)
+    assert accuracy == pytest.approx(read_json(f"{run_dir}/summary.json")["test_accuracy"])
+
+
+def test_a_reward_and_a_baseline_of_ones_own_are_a_line_each(tmp_path):
+    text = read("README.md")
+    (reward,) = re.findall(r"`(return -abs.*)`", text)
+    (baseline,) = re.findall(r'`("median": Statistic.*)`', text)
+    program = edited_program(
+        tmp_path / "own.py",
+        ("return (actions == labels[:, None]).astype(jnp.float32)", reward),
+        ("BASELINES = {", f"BASELINES = {{\n    {baseline}"),
+    )
+    flags = ["--dataset=digits", "--num-epochs=1", "--baseline=median", "--output-dir=run"]
+    status, output, errors = run_program(*flags, program=program)
+    assert (status, errors) == (0, "")
+    assert re.search(r"^Epoch 1/1, Accuracy: \d+\.\d\d%, reward -\d", output, re.MULTILINE)
+    assert read_json("run/config.json")["num_generations"] == 8
 
 
 # --- The exercises ---

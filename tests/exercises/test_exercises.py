@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import final_actor, grpo_mnist
+
+import grpo_mnist
 
 COLLAPSE = (
     "--dataset digits --num-epochs 3 --baseline group --scale-rewards group --num-generations 8"
@@ -51,7 +52,7 @@ def test_advantage(num_right):
 def test_silent(share_right, num_generations, random):
     answer = answered(exercises.silent(share_right, num_generations))
     rewards = random.random((100_000, num_generations)) < share_right
-    tried = np.asarray(grpo_mnist.all_equal(jnp.asarray(rewards), axes=1)).mean()
+    tried = np.asarray(grpo_mnist.all_equal(jnp.asarray(rewards), grpo_mnist.IMAGE)).mean()
     assert answer == pytest.approx(tried, abs=0.01)
 
 
@@ -93,9 +94,7 @@ def test_collapse(tmp_path):
     assert (config.seed, config.num_epochs, config.baseline) == (1, 3, "group")
     program = [sys.executable, grpo_mnist.__file__, *COLLAPSE.split(), *flags]
     subprocess.run([*program, f"--output-dir={tmp_path / 'run'}"], check=True)
-    actor = final_actor(tmp_path / "run", num_seeds=1)
-    answers, _ = grpo_mnist.predict_all(
-        actor, grpo_mnist.load_dataset("digits", tmp_path).test_images
-    )
-    counts = np.bincount(answers[0], minlength=10)
+    test_images = grpo_mnist.load_dataset("digits", tmp_path).test_images
+    answers, _ = grpo_mnist.predict(grpo_mnist.load_actor(tmp_path / "run"), test_images)
+    counts = np.bincount(answers, minlength=10)
     assert counts.min() >= 10, f"answers to the test images, by digit: {counts}"
