@@ -1139,7 +1139,7 @@ def end_at_signals(run_dir: Path | None = None) -> None:
 
     def end(number, _):
         if sys.stdout.isatty():
-            os.write(1, b"\x1b[?25h")  # The progress bar has hidden the cursor.
+            os.write(1, b"\r\x1b[2K\x1b[?25h")  # Clears the progress bar, shows the cursor again.
         os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}{hint}\n".encode())
         os._exit(128 + number)
 

@@ -135,7 +135,7 @@ def test_what_ends_one_process_ends_all_and_costs_nothing(undisturbed, number, t
     processes[1].send_signal(number)
     (_, errors, status), (_, victims_errors, victims_status) = finish(processes, timeout=110)
     # JAX ends a process itself if it hears of a death before the program does, and says so.
-    assert "if another process ended, see why" in errors or "another task died" in errors
+    assert "if another process has ended, see why" in errors or "another task died" in errors
     assert status != 0
     if number == signal.SIGKILL:
         assert (victims_status, victims_errors) == (-number, "")
