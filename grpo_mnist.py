@@ -138,16 +138,16 @@ def mean_of_others(rewards, expected):
 
 BASELINES = {  # What is subtracted from a reward; expected is a moving average, or V(image).
     "batch": Statistic(lambda rewards, expected: rewards.mean(), BATCH),
-    "group": Statistic(lambda rewards, expected: rewards.mean(IMAGE, keepdims=True), IMAGE),
-    "loo": Statistic(mean_of_others, IMAGE),
+    "group": Statistic(lambda rewards, expected: rewards.mean(IMAGE, keepdims=True), IMAGE),  # GRPO
+    "loo": Statistic(mean_of_others, IMAGE),  # RLOO: "leave one out"
     "ema": Statistic(lambda rewards, expected: expected, None),
-    "critic": Statistic(lambda rewards, expected: expected, None),
-    "none": Statistic(lambda rewards, expected: 0.0, None),
+    "critic": Statistic(lambda rewards, expected: expected, None),  # PPO
+    "none": Statistic(lambda rewards, expected: 0.0, None),  # REINFORCE
 }
 SCALES = {  # What the difference is divided by.
     "batch": Statistic(lambda rewards: rewards.std() + 1e-8, BATCH),
     "group": Statistic(lambda rewards: rewards.std(IMAGE, keepdims=True) + 1e-8, IMAGE),
-    "none": Statistic(lambda rewards: 1.0, None),
+    "none": Statistic(lambda rewards: 1.0, None),  # Dr. GRPO
 }
 
 
@@ -183,8 +183,9 @@ def all_equal(rewards, group):
 def average_over_signals(advantages):
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), without sampling anew.
 
-    The clipped loss is a mean over all answers and proportional to the advantages (B, G). Divided
-    by the share of images with an advantage other than 0, it is a mean over those images' answers.
+    An image carries a signal if its rewards differ, so that its advantages are not 0. The clipped
+    loss is a mean over all answers and proportional to the advantages (B, G). Divided by the share
+    of images with a signal, it is a mean over their answers.
     """
     share = (advantages != 0).any(axis=1).mean()
     return advantages / jnp.maximum(share, 1 / len(advantages))  # not 0 / 0 without any signal
@@ -264,6 +265,7 @@ def sample_rollout(state, images, labels, key, config):
         rewards,
         baseline=config.baseline,
         scale_rewards=config.scale_rewards,
+        # Only "ema" and "critic" use it.
         expected_rewards=state.moving_average if critic is None else critic(images),
     )
     return Rollout(
