@@ -442,7 +442,7 @@ def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: Non
         state, history, earlier_seconds = restore(config, facts, state)
         began -= earlier_seconds  # as if it had not been interrupted
         step = compile_step(config, dataset, state)
-        hidden = jax.process_index() > 0 or not sys.stdout.isatty()
+        hidden = jax.process_index() > 0 or not (sys.stdout and sys.stdout.isatty())
         with Progress(transient=True, disable=hidden) as progress:
             bar = progress.add_task("Training", total=(config.num_epochs - len(history)) * steps)
             for epoch in range(len(history) + 1, config.num_epochs + 1):
@@ -1138,9 +1138,11 @@ def end_at_signals(run_dir: Path | None = None) -> None:
     """
     command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
     hint = f"; resume with: {command}" if run_dir else ""
+    if jax.distributed.is_initialized():
+        hint += " on every host, with its own flags of several hosts"
 
     def end(number, _):
-        if sys.stdout.isatty():
+        if sys.stdout and sys.stdout.isatty():
             os.write(1, b"\r\x1b[2K\x1b[?25h")  # Clears the progress bar, shows the cursor again.
         os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}{hint}\n".encode())
         os._exit(128 + number)
