@@ -82,7 +82,7 @@ BAD_INPUT = [
     (["--seed=4294967296"], "--seed 4294967296"),
     # not together
     (["--batch-size=100", "--num-minibatches=3"], "--batch-size 100"),
-    (["--batch-size=4", "--num-minibatches=8"], "--num-minibatches 8"),
+    (["--batch-size=4", "--num-minibatches=8"], "--batch-size 4 cannot be divided into 8"),
     (["--batch-size=1"], "--batch-size 1 must be 2 or more: a group of one learns nothing"),
     (["--baseline=group", "--num-generations=1"], "--num-generations 1 must be 2 or more where "),
     (["--baseline=loo", "--num-generations=1"], "--num-generations 1 must be 2 or more where "),

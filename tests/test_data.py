@@ -217,7 +217,7 @@ def test_mnist_is_not_taken_for_one_of_its_relatives(copied_mnist, tmp_path, cap
     output, errors = capfd.readouterr()
     assert output == ""
     path = copied_mnist / "downloads" / "manual" / TEST_IMAGES
-    assert_one_line_error(errors, f"{path} is not the file", "into manual/<dataset>")
+    assert_one_line_error(errors, f"{path} is not the file", "belong in manual/<dataset>")
     assert tree(tmp_path) == before
 
 
