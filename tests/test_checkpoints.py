@@ -13,7 +13,14 @@ import faults
 import jax
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, read_history, read_json, start_program, tree
+from conftest import (
+    assert_one_line_error,
+    edited_program,
+    read_history,
+    read_json,
+    start_program,
+    tree,
+)
 from jax.experimental.compilation_cache import compilation_cache
 
 import grpo_mnist
@@ -77,12 +84,7 @@ def outcomes(laboratory, tmp_path_factory, request):
 
 def without(safeguard, directory):
     """The program with one of its safeguards taken out."""
-    old, new = SAFEGUARDS[safeguard]
-    program = faults.PROGRAM.read_text()
-    assert program.count(old) == 1
-    path = directory / "grpo_mnist.py"
-    path.write_text(program.replace(old, new))
-    return path
+    return edited_program(directory / "grpo_mnist.py", SAFEGUARDS[safeguard])
 
 
 @pytest.mark.parametrize("fault", FAULTS)

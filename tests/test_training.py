@@ -274,18 +274,14 @@ def test_an_actor_is_not_loaded_from_where_there_is_none(tmp_path):
 
 
 def test_a_baseline_and_a_reward_of_ones_own_are_one_entry_each(tmp_path):
-    """The median of an image's rewards, and how near an answer is to the digit."""
+    """As the README has them: the median of an image's rewards, and how near an answer is."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (reward,) = re.findall(r"`(return -abs.*)`", text)
+    (baseline,) = re.findall(r'`("median": Statistic.*)`', text)
     program = edited_program(
         tmp_path / "nearest_digit.py",
-        (
-            "BASELINES = {",
-            'BASELINES = {\n    "median": Statistic('
-            "lambda rewards, _: jnp.median(rewards, IMAGE, keepdims=True), IMAGE),",
-        ),
-        (
-            "return (actions == labels[:, None]).astype(jnp.float32)",
-            "return -abs(actions - labels[:, None]).astype(jnp.float32)",
-        ),
+        ("return (actions == labels[:, None]).astype(jnp.float32)", reward),
+        ("BASELINES = {", f"BASELINES = {{\n    {baseline}"),
     )
     flags = ("--dataset=digits", "--baseline=median", "--num-epochs=2", "--output-dir=run")
     status, output, errors = run_program(*flags, program=program)
