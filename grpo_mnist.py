@@ -9,8 +9,7 @@ critic: an answer counts as good if it did better than its group did on average.
 B is the number of images in a batch, G of answers per image, A = 10 of possible answers.
 
             the paper that introduced GRPO (*)   here
-    group   G answers to one question            the answers to all images of a batch, or with
-                                                 --baseline group the G answers to an image
+    group   G answers to one question            all of a batch, or those to an image (--baseline)
     KL      always, estimated by k3              off by default; the exact sum
     answer  a text of many tokens                one digit, and so one ratio
     reward  a learned model                      a rule, as in DeepSeek-R1-Zero
@@ -51,12 +50,13 @@ import optax
 import requests
 import tensorflow_datasets as tfds
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from flax import nnx
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import Progress
+from scipy.special import stdtrit
 from tensorflow_probability.substrates.jax import distributions as tfd
 
 # --- Policy ---------------------------------------------------------------------------------
@@ -77,10 +77,7 @@ class Network(nnx.Module):
 
 
 class Actor(Network):
-    """The policy: for each of B images, grey values 0 to 1, a distribution over A answers.
-
-    It has 118,282 parameters for 784 features and 10 answers.
-    """
+    """The policy, 118,282 parameters: B images, grey values 0 to 1 -> distributions of answers."""
 
     def __call__(self, images: jax.Array) -> tfd.Categorical:
         return tfd.Categorical(logits=super().__call__(images))
@@ -91,11 +88,8 @@ class Critic(Network):
 
 
 def sample_answers(policy, num_generations, key):
-    """Draws G answers to each image from the policy -> int32 (B, G).
-
-    By inverse transform sampling: the answer is the number of cumulative probabilities that are at
-    most a uniform random number. policy.sample would draw ten random numbers per answer.
-    """
+    """Draws G answers to each image, by inverse transform sampling -> int32 (B, G)."""
+    # policy.sample would draw ten random numbers per answer.
     cumulative = jnp.cumsum(policy.probs_parameter(), axis=1)  # (B, A)
     uniform = jax.random.uniform(key, (len(cumulative), num_generations, 1))  # (B, G, 1)
     return (uniform >= cumulative[:, None, :-1]).sum(axis=2)
@@ -121,10 +115,7 @@ BATCH, IMAGE = (0, 1), 1
 
 
 class Statistic(NamedTuple):
-    """A baseline or a scale: a function of rewards (B, G), and the group over which it is taken.
-
-    In a group whose rewards are all equal, the advantages are exactly 0.
-    """
+    """A baseline or a scale: a function of rewards (B, G), and the group over which it is taken."""
 
     function: Callable  # Its result broadcasts to (B, G).
     group: Any  # BATCH, IMAGE, or None if it compares no rewards
@@ -170,7 +161,7 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     base, scale = BASELINES[baseline], SCALES[scale_rewards]
     advantages = (rewards - base.function(rewards, expected_rewards)) / scale.function(rewards)
     for group in (base.group, scale.group):
-        if group is not None:  # Without this, a rounding error would be divided by 1e-8.
+        if group is not None:  # All equal: exactly 0, not a rounding error / 1e-8.
             advantages = jnp.where(all_equal(rewards, group), 0.0, advantages)
     return advantages
 
@@ -191,14 +182,13 @@ def average_over_signals(advantages):
     return advantages / jnp.maximum(share, 1 / len(advantages))  # not 0 / 0 without any signal
 
 
-# --- Loss -----------------------------------------------------------------------------------
+# --- Loss and training step -----------------------------------------------------------------
 
 
 def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
     """PPO's clipped surrogate, negated: three float arrays (B, G), two bounds -> a scalar.
 
-    PPO (arXiv 1707.06347), equation 7, with ratio = pi / pi_old; the second epsilon is from DAPO
-    (arXiv 2503.14476), equation 10.
+    Equation 7 of PPO (arXiv 1707.06347); DAPO (arXiv 2503.14476, equation 10) has two bounds.
     """
     ratio = jnp.exp(log_probs - old_log_probs)
     clipped_ratio = jnp.clip(ratio, 1 - clip_epsilon, 1 + clip_epsilon_high)
@@ -218,14 +208,6 @@ def kl_to_reference(policy, reference, actions, estimator):
     return (jnp.exp(log_ratio) - log_ratio - 1).mean()
 
 
-def value_loss(values, rewards):
-    """The critic's squared error: values (B, 1), rewards (B, G) -> a scalar. PPO, equation 9."""
-    return ((values - rewards) ** 2).mean()
-
-
-# --- One training step ----------------------------------------------------------------------
-
-
 class Networks(NamedTuple):
     """What is trained; each network has its own gradients and Adam moments."""
 
@@ -240,7 +222,7 @@ class TrainState(NamedTuple):
     optimizer_state: optax.OptState
     reference: Actor | None  # None while beta is 0
     moving_average: jax.Array  # float32 (), of the batches' mean rewards; it starts at 0
-    key: jax.Array
+    key: jax.Array  # uint32 (2,), so that a checkpoint can hold it
 
 
 class Rollout(NamedTuple):
@@ -265,17 +247,13 @@ def sample_rollout(state, images, labels, key, config):
         rewards,
         baseline=config.baseline,
         scale_rewards=config.scale_rewards,
-        # Only "ema" and "critic" use it.
         expected_rewards=state.moving_average if critic is None else critic(images),
     )
-    return Rollout(
-        images,
-        actions,
-        old_log_probs=log_probs_of(policy, actions),
-        rewards=rewards,
-        advantages=average_over_signals(advantages) if config.dynamic_sampling else advantages,
-        reference_logits=state.reference(images).logits if config.beta > 0 else None,
-    )
+    old_log_probs = log_probs_of(policy, actions)
+    if config.dynamic_sampling:
+        advantages = average_over_signals(advantages)
+    reference_logits = state.reference(images).logits if config.beta > 0 else None
+    return Rollout(images, actions, old_log_probs, rewards, advantages, reference_logits)
 
 
 def loss_fn(networks, rollout, config):
@@ -283,24 +261,22 @@ def loss_fn(networks, rollout, config):
     policy = networks.actor(rollout.images)
     log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
     old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
-    epsilon_low, epsilon_high = config.clip_epsilon, config.upper_clip_epsilon
-    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, epsilon_low, epsilon_high)
-    entropy = policy.entropy().mean()
-    metrics = {"entropy": entropy}
+    low, high = config.clip_epsilon, config.clip_epsilon_high or config.clip_epsilon
+    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, low, high)
+    metrics = {"entropy": policy.entropy().mean()}
     if config.entropy_coef > 0:
-        loss = loss - config.entropy_coef * entropy
+        loss = loss - config.entropy_coef * metrics["entropy"]
     if config.beta > 0:
         reference = tfd.Categorical(logits=rollout.reference_logits)
-        kl = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
-        loss = loss + config.beta * kl
-        metrics["kl"] = kl
-    if networks.critic is not None:
-        loss = loss + value_loss(networks.critic(rollout.images), rollout.rewards)
+        metrics["kl"] = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
+        loss = loss + config.beta * metrics["kl"]
+    if networks.critic is not None:  # PPO, equation 9
+        loss = loss + ((networks.critic(rollout.images) - rollout.rewards) ** 2).mean()
     ratio = jnp.exp(log_probs - old_log_probs)
     metrics["loss"] = loss
     metrics["ratio_max"] = ratio.max()
-    metrics["clip_ratio_low"] = ((ratio < 1 - epsilon_low) & (advantages < 0)).mean()
-    metrics["clip_ratio_high"] = ((ratio > 1 + epsilon_high) & (advantages > 0)).mean()
+    metrics["clip_ratio_low"] = ((ratio < 1 - low) & (advantages < 0)).mean()
+    metrics["clip_ratio_high"] = ((ratio > 1 + high) & (advantages > 0)).mean()
     return loss, metrics
 
 
@@ -345,12 +321,6 @@ def summarize(name, values):
     return values.max(axis=0) if name == "ratio_max" else values.mean(axis=0)
 
 
-def predict(actor, images):
-    """The likeliest answer to each image, and its probability: uint8 (N, 784) -> (N,), (N,)."""
-    policy = actor(images.astype(jnp.float32) / 255)
-    return policy.mode(), policy.probs_parameter().max(axis=-1)
-
-
 # --- Config: one field per flag -------------------------------------------------------------
 
 
@@ -366,8 +336,7 @@ class Config:
     )
     num_epochs: int = 10  # Passes over the training images.
     batch_size: int = 1024  # B, images per step.
-    # G, answers sampled per image. None: 8 where the answers to an image are compared, else 1.
-    num_generations: int | None = None
+    num_generations: int | None = None  # G, answers per image. None: 8 where compared, else 1.
     num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
     num_minibatches: int = 1  # Pieces that a round is cut into, with an Adam update each.
     learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
@@ -377,12 +346,10 @@ class Config:
     # What is subtracted from a reward: the mean reward of the batch, of the image's own answers
     # (GRPO) or of its other answers (RLOO), a moving average, a critic's value (PPO), or nothing.
     baseline: Literal[*BASELINES] = "batch"
-    # What the difference is divided by: the standard deviation of the rewards of the batch, or of
-    # the image's own answers (GRPO), or nothing (Dr. GRPO).
+    # What that is divided by: the standard deviation over the batch or the image (GRPO), or 1.
     scale_rewards: Literal[*SCALES] = "batch"
     beta: float = 0.0  # Weight of KL(policy || reference). The reference is the initial actor.
-    # Exact sums over the ten answers; k3 estimates from the sampled ones, as LLM trainers must.
-    kl_estimator: Literal["exact", "k3"] = "exact"
+    kl_estimator: Literal["exact", "k3"] = "exact"  # k3 estimates it from the sampled answers.
     ref_sync_epochs: int = 0  # Make the current actor the reference every so many epochs. 0: never.
     entropy_coef: float = 0.0  # Weight of a bonus for the policy's entropy.
     dynamic_sampling: bool = False  # DAPO: average over the images whose answers carry a signal.
@@ -395,8 +362,16 @@ class Config:
     num_processes: int | None = None  # Several hosts: the number of processes in all.
     process_id: int | None = None  # Several hosts: the number of this process, from 0.
 
-    def __post_init__(self):
-        complete_and_check(self)
+    def __post_init__(self):  # Fills in what depends on other fields, and checks them all.
+        for name in ("data_dir", "output_dir", "resume"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+        if self.num_generations is None:
+            known = self.baseline in BASELINES and self.scale_rewards in SCALES
+            object.__setattr__(self, "num_generations", 8 if known and self.compares_answers else 1)
+        for name, holds, rule in rules(self):
+            if not holds:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} must be {rule}")
 
     @property
     def seeds(self) -> range:
@@ -407,43 +382,36 @@ class Config:
         """Whether a group is the answers to one image, rather than those of a batch."""
         return IMAGE in (BASELINES[self.baseline].group, SCALES[self.scale_rewards].group)
 
-    @property
-    def upper_clip_epsilon(self) -> float:
-        return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
-
 
 # --- Main loop ------------------------------------------------------------------------------
 # S seeds are trained in one program: state, images and metrics have a leading axis (S,) here.
 
 
 def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: None) -> list[dict]:
-    """Trains, printing and writing on the way; returns the metrics of each epoch (see METRICS).
+    """Trains, printing and writing on the way; returns the metrics of each epoch.
 
-    Calls on_start with the run's directory once that is open. Raises UsageError before it writes
-    any result, RunError if data, numbers or the disk fail. With config.resume, it continues a run.
+    Calls on_start once the run's directory is open; UsageError comes before any result.
     """
     began = time.perf_counter()
     start_jax(config)
-    if config.resume:
-        config = config_to_resume(config)
-        if (config.resume / "summary.json").exists():
-            say(f"{config.resume}: this run is finished; nothing is left to do.")
-            return [json.loads(line) for line in (config.resume / "metrics.jsonl").open()]
+    if config.resume and (config.resume / "summary.json").exists():
+        say(f"{config.resume}: this run is finished; nothing is left to do.")
+        return [json.loads(line) for line in (config.resume / "metrics.jsonl").open()]
     with multiprocessing.pool.ThreadPool(1) as pool:
         reading = pool.apply_async(load_dataset, (config.dataset, config.data_dir))
         state = create_state(config)  # This compiles while the data are read.
         dataset = reading.get()
     facts = describe_run(config, dataset)
-    check_run(config, dataset, facts)
-    steps = len(dataset.train_images) // config.batch_size  # in an epoch
-    with open_run_dir(config, facts) as run_dir:
+    state, history, earlier_seconds = restore(config.resume, facts, state)
+    began -= earlier_seconds  # as if it had not been interrupted
+    run_dir, lock = begin_run(config, dataset, facts, history)
+    first_process = jax.process_index() == 0  # It alone writes and prints.
+    with lock:
         on_start(run_dir)
-        announce(config, facts, dataset, state, run_dir)
-        state, history, earlier_seconds = restore(config, facts, state)
-        began -= earlier_seconds  # as if it had not been interrupted
+        announce(config, facts, dataset, state, history, run_dir)
         step = compile_step(config, dataset, state)
-        hidden = jax.process_index() > 0 or not (sys.stdout and sys.stdout.isatty())
-        with Progress(transient=True, disable=hidden) as progress:
+        with Progress(transient=True, disable=not (first_process and os.isatty(1))) as progress:
+            steps = len(dataset.train_images) // config.batch_size  # in an epoch
             bar = progress.add_task("Training", total=(config.num_epochs - len(history)) * steps)
             for epoch in range(len(history) + 1, config.num_epochs + 1):
                 epoch_began, step_metrics = time.perf_counter(), []
@@ -451,57 +419,34 @@ def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: Non
                     state, metrics = step(state, images, labels)
                     step_metrics.append(metrics)
                     progress.advance(bar)
-                    if len(step_metrics) % 4 == 0:  # Stay only a few steps ahead of the device.
-                        jax.block_until_ready(step_metrics[-2])
+                    jax.block_until_ready(step_metrics[-4:-3])  # Stay 3 steps ahead of the device.
                 history.append(end_epoch(config, dataset, state, epoch, epoch_began, step_metrics))
                 if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
                     state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
-                write_checkpoint(facts, state, history, time.perf_counter() - began, run_dir)
-                report_epoch(config, history, run_dir)
-        end_run(config, dataset, state, history, began, run_dir)
+                if first_process:
+                    write_checkpoint(facts, state, history, time.perf_counter() - began, run_dir)
+                    report_epoch(config, history, run_dir)
+        if first_process:
+            end_run(config, dataset, state, history, began, run_dir)
     return history
 
 
 def start_jax(config: Config) -> None:
     """Joins the processes of several hosts, if --coordinator-address asks for it; finds devices."""
+    address = None if config.coordinator_address == "auto" else config.coordinator_address
+    flags = address, config.num_processes, config.process_id
     try:
-        if config.coordinator_address is not None and not jax.distributed.is_initialized():
+        if config.coordinator_address and not jax.distributed.is_initialized():
             print("Waiting for the other processes...", flush=True)
-            address = None if config.coordinator_address == "auto" else config.coordinator_address
             join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
-            flags = address, config.num_processes, config.process_id
             with multiprocessing.pool.ThreadPool(1) as pool:
                 pool.apply_async(join, flags).get(timeout=120)  # JAX's own limit would abort.
         jax.devices()
     except multiprocessing.TimeoutError as error:
         raise RunError("not all processes came in 2 minutes; start all of them anew") from error
     except (RuntimeError, ValueError, AssertionError) as error:
-        platforms = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        reason = f"JAX finds no devices or processes, with {platforms}: {first_line(error)}"
-        raise UsageError(f"{reason}; correct that, or the flags of several hosts") from error
-
-
-def check_run(config: Config, dataset, facts: dict) -> None:
-    """UsageError if the batch is larger than the data or cannot be divided among the devices;
-    RunError if the processes differ in flags, data set, versions, devices, program or checkpoints.
-    """
-    size, num_devices = f"--batch-size {config.batch_size}", jax.device_count()
-    if config.batch_size > len(dataset.train_images):
-        images = f"{len(dataset.train_images)} training images of {dataset.name}"
-        raise UsageError(f"{size} is more than the {images}; choose a smaller one")
-    divisor = num_devices * config.num_minibatches
-    if config.batch_size % divisor:
-        pieces = f"{config.num_minibatches} minibatches on {num_devices} devices"
-        raise UsageError(f"{size} cannot be divided into {pieces}; make it a multiple of {divisor}")
-    must_agree = [facts[name] for name in facts if name not in (*PLACE_FIELDS, "cores")]
-    if config.resume:
-        must_agree += [path.name for path in checkpoint_paths(config.resume)]
-    digest = hashlib.sha256(json.dumps(must_agree).encode()).digest()
-    try:
-        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
-    except AssertionError as error:
-        what = "flags, data, versions, program or checkpoints"
-        raise RunError(f"the processes differ in {what}; start all with the same") from error
+        causes = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} or the flags of several hosts"
+        raise UsageError(f"correct {causes}; JAX finds no devices or processes: {error}") from error
 
 
 def create_state(config: Config) -> TrainState:
@@ -513,57 +458,46 @@ def create_state(config: Config) -> TrainState:
         critic = Critic(784, 1, rngs=nnx.Rngs(critic_key)) if config.baseline == "critic" else None
         reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
         networks = Networks(actor, critic)
-        optimizer = create_optimizer(config, 1)  # The state does not depend on the schedule.
-        return TrainState(networks, optimizer.init(networks), reference, jnp.zeros(()), key)
+        moments = create_optimizer(config, 1).init(networks)  # They are so under any schedule.
+        return TrainState(networks, moments, reference, jnp.zeros(()), jax.random.key_data(key))
 
     # Less effort compiles in half the time. It was tried on CPUs only.
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    create = for_each_seed(create, config.num_seeds)
-    on_each_device, _ = shardings()
-    create = jax.jit(create, out_shardings=on_each_device, compiler_options=quick)
+    create = jit_for_seeds(create, config.num_seeds, compiler_options=quick)
     return create(np.array(config.seeds, np.uint32))
 
 
 def compile_step(config: Config, dataset, state: TrainState) -> Callable:
-    """train_step for S seeds and all devices: step(state, images, labels) -> state, metrics (S,).
-
-    It reuses the memory of the state that it is given. Each process has whole batches, uint8
-    (S, B, 784) and int32 (S, B), and hands over the images of its own devices.
-    """
+    """step(state, images, labels) for S seeds, on all devices; it reuses the memory of state."""
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
     step = partial(train_step, optimizer=create_optimizer(config, num_steps), config=config)
-    on_each_device, by_image = shardings()
-    jitted = jax.jit(
-        for_each_seed(step, config.num_seeds),
-        donate_argnums=0,
-        out_shardings=on_each_device,
-    )
+    step = jit_for_seeds(step, config.num_seeds, donate_argnums=0)
+    _, by_image = shardings()
 
-    def split(x):
-        return jax.make_array_from_callback(x.shape, by_image, x.__getitem__)
+    def split(batch):
+        return [jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch]
 
-    first_batch = next(batches(config, dataset, epoch=1))
-    compiled = jitted.lower(state, *map(split, first_batch)).compile()
-    return lambda state, *batch: compiled(state, *map(split, batch))
+    compiled = step.lower(state, *split(next(batches(config, dataset, epoch=1)))).compile()
+    return lambda state, *batch: compiled(state, *split(batch))
 
 
 def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
     """Adam; the learning rate stays, or falls to 0 along a cosine over the run's updates."""
-    learning_rate = config.learning_rate
-    if config.lr_schedule == "cosine":
-        num_updates = num_steps * config.num_iterations * config.num_minibatches
-        learning_rate = optax.cosine_decay_schedule(learning_rate, num_updates)
+    num_updates = num_steps * config.num_iterations * config.num_minibatches
+    cosine = optax.cosine_decay_schedule(config.learning_rate, num_updates)
+    learning_rate = cosine if config.lr_schedule == "cosine" else config.learning_rate
     return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
 
 
-def for_each_seed(function: Callable, num_seeds: int) -> Callable:
-    """vmap over the seeds; not for one alone, since batched matrix products are slower."""
+def jit_for_seeds(function: Callable, num_seeds: int, **options) -> Callable:
+    """jit and vmap over S seeds. One alone is not batched, since such products are slower."""
 
     def for_one_seed(*arguments):
         results = function(*jax.tree.map(lambda x: x.squeeze(0), arguments))
         return jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
 
-    return jax.vmap(function) if num_seeds > 1 else for_one_seed
+    for_seeds = jax.vmap(function) if num_seeds > 1 else for_one_seed
+    return jax.jit(for_seeds, out_shardings=shardings()[0], **options)
 
 
 def shardings() -> tuple[NamedSharding, NamedSharding]:
@@ -573,10 +507,7 @@ def shardings() -> tuple[NamedSharding, NamedSharding]:
 
 
 def batches(config: Config, dataset, epoch: int) -> Iterator[tuple]:
-    """Yields an epoch's full batches, images (S, B, 784) and labels (S, B), of the training set.
-
-    The order depends on (seed, epoch) alone. Images that do not fill a batch are left over.
-    """
+    """Yields full batches, images (S, B, 784) and labels (S, B), in the order of (seed, epoch)."""
     num_images = len(dataset.train_images)
     orders = [np.random.default_rng((seed, epoch)).permutation(num_images) for seed in config.seeds]
     for start in range(0, num_images - config.batch_size + 1, config.batch_size):
@@ -584,7 +515,12 @@ def batches(config: Config, dataset, epoch: int) -> Iterator[tuple]:
         yield dataset.train_images.take(chosen, axis=0), dataset.train_labels.take(chosen)
 
 
-predict_all = jax.jit(jax.vmap(predict, in_axes=(0, None)))  # -> (S, N), (S, N)
+@jax.jit
+@partial(jax.vmap, in_axes=(0, None))
+def predict(actor, images):
+    """The likeliest answers and their probabilities: images uint8 (N, 784) -> (S, N), (S, N)."""
+    policy = actor(images.astype(jnp.float32) / 255)
+    return policy.mode(), policy.probs_parameter().max(axis=-1)
 
 
 def end_epoch(config: Config, dataset, state, epoch, began, step_metrics) -> dict[str, Any]:
@@ -592,19 +528,17 @@ def end_epoch(config: Config, dataset, state, epoch, began, step_metrics) -> dic
     by_step = jax.tree.map(lambda *values: np.array(values), *jax.device_get(step_metrics))
     seconds = time.perf_counter() - began
     metrics = {name: summarize(name, values) for name, values in by_step.items()}  # (S,) by name
-    answers, _ = predict_all(state.networks.actor, dataset.test_images)
+    networks = jax.device_get(state.networks)
+    answers, _ = predict(networks.actor, dataset.test_images)
     metrics["test_accuracy"] = np.mean(np.asarray(answers) == dataset.test_labels, axis=1)
+    numbers = metrics | named_arrays(networks)
     for index, seed in enumerate(config.seeds):
-        wrong = [name for name, values in metrics.items() if not np.isfinite(values[index])]
-        if not all(np.isfinite(x[index]).all() for x in jax.tree.leaves(state.networks)):
-            wrong.append("the parameters")
-        if wrong:
+        if wrong := [name for name, x in numbers.items() if not np.isfinite(x[index]).all()]:
             where = f"epoch {epoch}, seed {seed}: not finite: {', '.join(wrong)}"
             raise RunError(f"{where}; earlier checkpoints stay; try a smaller --learning-rate")
     images = len(step_metrics) * config.batch_size * config.num_seeds
-    figures = {"epoch": epoch, "seconds": seconds, "images_per_second": images / seconds}
-    figures |= over_seeds(metrics)
-    return {name: figures.pop(name, None) for name in METRICS} | figures
+    speed = {"seconds": seconds, "images_per_second": images / seconds}
+    return {"epoch": epoch, **speed, "kl": None, **over_seeds(metrics)}
 
 
 # --- Data -----------------------------------------------------------------------------------
@@ -623,66 +557,49 @@ class Dataset(NamedTuple):
 def load_dataset(name: str, data_dir: Path) -> Dataset:
     """Reads a data set, named as by its flag, from data_dir; downloads it there if it is missing.
 
-    Raises DataUnavailable if it cannot be had (within 10 seconds if there is no network), RunError
-    if a file is not what it should be, UsageError if data_dir is not a directory.
+    DataUnavailable, in 10 seconds without a network; RunError if a file is not what it should be.
     """
-    if name == "digits":
-        return load_digits()
-    try:
-        return load_idx_files("mnist" if name == "auto" else name, Path(data_dir))
-    except DataUnavailable as reason:
-        if name != "auto":
-            raise
-        say(f"NOTICE: {reason}")
-        say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
-        return load_digits()
+    if name != "digits":
+        try:
+            return load_idx_files("mnist" if name == "auto" else name, Path(data_dir))
+        except DataUnavailable as reason:
+            if name != "auto":
+                raise
+            say(f"NOTICE: {reason}")
+            say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
+    return load_digits()
 
 
 def load_idx_files(name: str, data_dir: Path) -> Dataset:
-    """Reads the four files of MNIST or of one of its relatives.
-
-    tensorflow-datasets knows their addresses, checksums and places, but its own reader would need
-    TensorFlow, so NumPy decodes them. Files put into downloads/manual by hand come first.
-    """
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir} is not a directory; name another")
-    downloads, url_infos = data_dir / "downloads", tfds.builder_cls(name).url_infos
+    """Reads MNIST or a relative: files put into downloads/manual by hand, or else downloads."""
+    # tensorflow-datasets knows addresses, checksums and places; its reader would need TensorFlow.
+    downloads, infos = data_dir / "downloads", tfds.builder_cls(name).url_infos
     paths = {}
-    for url, info in sorted(url_infos.items()):  # The test set's files come first.
+    for url, info in sorted(infos.items()):  # The test set's files come first.
         kept = downloads / name / tfds.core.download.resource.get_dl_fname(url, info.checksum)
         by_hand = [downloads / "manual" / folder / info.filename for folder in (name, "")]
         paths[url] = next((path for path in by_hand if path.exists()), kept)
-    present = [url for url in paths if paths[url].exists()]
-    packed = {url: read_file(paths[url], url, url_infos[url]) for url in present}
+    packed = {url: path.read_bytes() for url, path in paths.items() if path.exists()}
+    for url, content in packed.items():
+        if hashlib.sha256(content).hexdigest() != infos[url].checksum:
+            expected = f"the {int(infos[url].size):,} with SHA-256 {infos[url].checksum}"
+            remedy = f"remove it, or put {url} there (other data sets belong in manual/<dataset>)"
+            raise RunError(f"{paths[url]} is {len(content):,} bytes, not {expected}; {remedy}")
     for url in sorted(paths.keys() - packed.keys()):
         try:
-            packed[url] = download(url, url_infos[url].checksum)
+            packed[url] = download(url, infos[url].checksum)
         except DataUnavailable as error:
-            files = ", ".join(url_infos[each].filename for each in paths if each not in packed)
+            files = ", ".join(infos[each].filename for each in paths if each not in packed)
             source, target = os.path.dirname(url), downloads / "manual" / name
             remedy = f"connect to the network, or fetch {files} from {source}/ into {target}"
             raise DataUnavailable(f"{name} cannot be had: {error}; {remedy}") from error
         paths[url].parent.mkdir(parents=True, exist_ok=True)
-        arriving = paths[url].with_name(f"{paths[url].name}.{os.getpid()}")  # It may come twice.
-        write_file(arriving, packed[url])
-        arriving.replace(paths[url])
+        write_file(paths[url], packed[url], f".{os.getpid()}.tmp")  # Another may fetch it, too.
     # In the IDX format, 16 bytes come before the pixels, and 8 before the labels.
     contents = [np.frombuffer(gzip.decompress(packed[url]), np.uint8) for url in paths]
     test_images, train_images = (pixels[16:].reshape(-1, 784) for pixels in contents[::2])
     test_labels, train_labels = (labels[8:].astype(np.int32) for labels in contents[1::2])
     return Dataset(name, train_images, train_labels, test_images, test_labels)
-
-
-def read_file(path: Path, url: str, info: Any) -> bytes:
-    """The content of a file; RunError if its SHA-256 is not the registered one."""
-    content = path.read_bytes() if path.is_file() else b""
-    sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != info.checksum:
-        expected = f"expected {int(info.size):,} bytes with SHA-256 {info.checksum}"
-        found = f"found: {len(content):,} bytes with SHA-256 {sha256}"
-        remedy = f"remove it, or put {url} there (other data sets belong in manual/<dataset>)"
-        raise RunError(f"{path} is not the file that it should be: {expected}, {found}; {remedy}")
-    return content
 
 
 def download(url: str, sha256: str) -> bytes:
@@ -694,253 +611,165 @@ def download(url: str, sha256: str) -> bytes:
             content = pool.apply_async(lambda: response.content).get(timeout=300)
     except (OSError, multiprocessing.TimeoutError) as error:  # Those of requests are OSErrors.
         raise DataUnavailable(f"no answer from {url} ({type(error).__name__})") from error
-    if not response.ok:
-        raise DataUnavailable(f"HTTP status {response.status_code} from {url}")
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataUnavailable(f"{url} sent another file, of {len(content):,} bytes")
+        answer = f"HTTP status {response.status_code} and {len(content):,} other bytes"
+        raise DataUnavailable(f"{answer} from {url}")
     return content
 
 
 def load_digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, enlarged to 24x24 in a margin of 2.
-
-    The last 360 are the test set; the others, in all 25 shifts of up to 2 pixels, are for training.
-    """
+    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged to 24x24; the last 360 are for tests."""
     from sklearn import datasets
 
-    small_images, labels = datasets.load_digits(return_X_y=True)
-    images = np.kron(small_images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
     images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
     labels = labels.astype(np.int32)
-    shifts = list(itertools.product(range(-2, 3), repeat=2))
-    shifted = np.concatenate([np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts])
-    train = shifted.reshape(-1, 784), np.tile(labels[:-360], len(shifts))
+    shifts = itertools.product(range(-2, 3), repeat=2)  # The training images come in all 25.
+    shifted = np.stack([np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts])
+    train = shifted.reshape(-1, 784), np.tile(labels[:-360], 25)
     return Dataset("digits", *train, images[-360:].reshape(-1, 784), labels[-360:])
 
 
 # --- Run directory and checkpoints ----------------------------------------------------------
 
-CHECKPOINT_FORMAT = 2  # Raise it with every change that older programs cannot read.
+FORMAT = 2  # of checkpoints. Raise it with every change that older programs cannot read.
 HOST_FIELDS = ("coordinator_address", "num_processes", "process_id")
 PLACE_FIELDS = (*HOST_FIELDS, "data_dir", "output_dir", "resume")  # They may change on resuming.
 
 
-@contextlib.contextmanager
-def open_run_dir(config: Config, facts: dict) -> Iterator[Path]:
-    """Creates the run's directory, or opens the one to resume, and writes config.json.
-
-    Of several processes, only the first does. A lock keeps other runs out; the system frees it when
-    a process dies. UsageError if the directory cannot be written, holds another run, or is in use.
-    """
-    second = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(second))
-    default = Path("runs", f"{facts['dataset']}-{config.seed}-{stamp}")
-    if jax.process_index() == 0 and default.exists():  # Another was begun in the same second.
-        default = Path(f"{default}-{os.getpid()}")
-    run_dir = config.resume or config.output_dir or default
-    if jax.process_index() > 0:
-        yield run_dir
-        return
-    named = f"{'--resume' if config.resume else '--output-dir'} {run_dir}"
-    for name in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints/*"):
-        if not config.resume and any(run_dir.glob(name)):
-            remedy = f"name a new one, or continue that with --resume {run_dir}"
-            raise UsageError(f"{named} holds a run ({name}); {remedy}")
-    checkpoints = run_dir / "checkpoints"
+def begin_run(config: Config, dataset, facts: dict, history: list) -> tuple[Path, Any]:
+    """Refuses what does not fit the data or the devices; opens the run's directory and its lock."""
+    num_images, divisor = len(dataset.train_images), jax.device_count() * config.num_minibatches
+    if config.batch_size > num_images or config.batch_size % divisor:
+        rule = f"a multiple of {divisor}, devices x --num-minibatches, and at most {num_images}"
+        raise UsageError(f"--batch-size {config.batch_size} must be {rule}, the training images")
+    must_agree = [facts[name] for name in facts if name not in (*PLACE_FIELDS, "cores")]
+    digest = hashlib.sha256(json.dumps([*must_agree, len(history)]).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (digests != digests[0]).any():
+        raise RunError("the processes differ in flags, data, versions or checkpoint; use the same")
+    now = time.localtime(int(multihost_utils.broadcast_one_to_all(np.int32(time.time()))))
+    name = f"{facts['dataset']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+    run_dir = config.resume or config.output_dir or Path("runs", name)
+    if jax.process_index() > 0:  # It writes nothing.
+        return run_dir, contextlib.nullcontext()
+    for file in ("config.json", "metrics.jsonl", "curves.png", "summary.json", "checkpoints/*"):
+        if not config.resume and any(run_dir.glob(file)):
+            remedy = f"name another, or continue that with --resume {run_dir}"
+            raise UsageError(f"--output-dir {run_dir} holds a run ({file}); {remedy}")
     try:
-        new = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for path in new:
-            sync_directory(path.parent)
-        lock = FileLock(run_dir / ".lock", timeout=0).acquire()
-    except Timeout as error:
-        raise UsageError(f"{named} is in use by another run; wait for its end") from error
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock", timeout=0).acquire()  # It is freed if we are killed.
     except OSError as error:
-        raise UsageError(f"{named} cannot be written ({error.strerror}); name another") from error
-    with lock:
-        write_file(run_dir / "config.json", json.dumps(facts, indent=2).encode())
-        yield run_dir
+        reason = error.strerror or "another run is using it"  # A lock's time-out has no strerror.
+        raise UsageError(f"{run_dir} cannot be opened ({reason}); name another") from error
+    write_file(run_dir / "config.json", json.dumps(facts, indent=2, default=str).encode())
+    return run_dir, lock
 
 
-def config_to_resume(config: Config) -> Config:
-    """The config of the run in config.resume, with what config says of data and hosts.
-
-    UsageError if there is no run, or if config, config.json and checkpoint contradict each other.
-    """
-    run_dir, written = config.resume, None
-    newest = newest_checkpoint(run_dir)
-    with contextlib.suppress(OSError, ValueError, TypeError):  # If damaged, it is written anew.
-        written = dict(json.loads((run_dir / "config.json").read_text()))
-    facts = newest[1]["facts"] if newest else written
-    if not facts:
-        raise UsageError(f"--resume {run_dir} is not the directory of a run; name another")
+def load_config(run_dir: Path) -> Config:
+    """The Config with which train continues the run in a directory; UsageError if it holds none."""
+    try:
+        facts = dict(json.loads((run_dir / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:  # It is damaged, or there is none.
+        if not (newest := newest_checkpoint(run_dir)):
+            raise UsageError(f"{run_dir} is not the directory of a run; name another") from error
+        facts = newest[1]["facts"]
     fields = {name: facts[name] for name in Config.__dataclass_fields__ if name in facts}
-    here = {"output_dir": run_dir, "resume": run_dir}
-    stored = Config(**fields | dict.fromkeys(HOST_FIELDS) | here)
-    if config.output_dir is None:  # It does not come from parse_flags.
-        unsaid = vars(Config(resume=run_dir))
-        said = {name: value for name, value in vars(config).items() if value != unsaid[name]}
-        config = dataclasses.replace(stored, **said)
-    for name in [name for name in fields if name not in PLACE_FIELDS]:
-        value, kept = getattr(config, name), getattr(stored, name)
-        if value != kept:
-            both = f"{flag(name)} {value} contradicts {kept}, which the run in {run_dir} has"
-            raise UsageError(f"{both}; leave the flag out, or start another run")
-        if written and written.get(name) != facts[name]:
-            both = f"has {written.get(name)} for {name}, and the newest checkpoint {kept}"
-            raise UsageError(f"{run_dir}/config.json {both}; put back the one that is right")
-    return config
+    fields |= dict.fromkeys(HOST_FIELDS) | {"output_dir": run_dir, "resume": run_dir}
+    return Config(**fields)
 
 
 def write_checkpoint(facts: dict, state: TrainState, history: list, seconds, run_dir: Path) -> None:
-    """Writes an .npz file with its SHA-256 at the end, beside the checkpoint of the epoch before.
-
-    Not with Orbax, which restores flipped bits silently and does not fall back from a damaged step.
-    """
-    if jax.process_index() > 0:
-        return
+    """Writes an .npz file and its SHA-256, without which a flipped bit may be restored."""
+    header = {"format": FORMAT, "facts": facts, "history": history, "seconds": seconds}
     content, directory = io.BytesIO(), run_dir / "checkpoints"
-    header = {"format": CHECKPOINT_FORMAT, "facts": facts, "history": history, "seconds": seconds}
-    np.savez(content, header=json.dumps(header), **named_arrays(state))
+    np.savez(content, header=json.dumps(header, default=str), **named_arrays(state))
     width = len(str(facts["num_epochs"]))  # Names are to be in the order of the epochs.
     path, previous = (directory / f"epoch-{len(history) - i:0{width}}.npz" for i in (0, 1))
-    for old in set(checkpoint_paths(run_dir)) - {previous}:
+    for old in set(directory.glob("epoch-*")) - {previous}:
         old.unlink()
     write_file(path, content.getvalue() + hashlib.sha256(content.getbuffer()).digest())
 
 
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """The newest first."""
-    return sorted((run_dir / "checkpoints").glob("epoch-*.npz"), reverse=True)
-
-
-def newest_checkpoint(run_dir: Path, notify=False) -> tuple[Path, dict, dict] | None:
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
     """Path, header and arrays of a run's newest whole checkpoint; None if there is none yet."""
-    paths = checkpoint_paths(run_dir)
+    paths = sorted((run_dir / "checkpoints").glob("*.npz"), reverse=True)
     for path in paths:
-        content = path.read_bytes() if path.is_file() else b""
-        packed, digest = content[:-32], content[-32:]
-        if hashlib.sha256(packed).digest() == digest:
-            arrays = dict(np.load(io.BytesIO(packed)))
-            header = json.loads(str(arrays.pop("header")))
-            if header["format"] != CHECKPOINT_FORMAT:
-                formats = f"format {header['format']}, and this program reads {CHECKPOINT_FORMAT}"
-                raise UsageError(f"{path} has {formats}; continue with the program that wrote it")
-            return path, header, arrays
-        if notify:
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
             say(f"NOTICE: {path} does not match its SHA-256; it is damaged and not used.")
-    finished, begun = ((run_dir / name).exists() for name in ("summary.json", "metrics.jsonl"))
-    if (paths or begun) and not finished:
-        damaged = ", ".join(path.name for path in paths) or "none is left"
-        where = f"{run_dir / 'checkpoints'} holds no whole checkpoint ({damaged})"
-        raise RunError(f"{where}; put one back, or start the run again in another --output-dir")
+            continue
+        arrays = dict(np.load(io.BytesIO(content[:-32])))
+        header = json.loads(str(arrays.pop("header")))
+        if (found := header["format"]) != FORMAT:
+            raise UsageError(f"{path} has format {found}, not {FORMAT}; use the program it is from")
+        return path, header, arrays
+    if paths or (run_dir / "metrics.jsonl").exists():
+        raise RunError(f"{run_dir}/checkpoints: no whole checkpoint; put one back, or start anew")
     return None
 
 
-def restore(config: Config, facts: dict, fresh: TrainState) -> tuple[TrainState, list, float]:
-    """State, history and seconds of the newest checkpoint, if there is one; says what changed."""
-    newest = newest_checkpoint(config.resume, notify=True) if config.resume else None
-    if newest is None:
+def restore(run_dir: Path | None, facts: dict, fresh: TrainState) -> tuple[TrainState, list, float]:
+    """State, history and seconds of the run to resume; the fresh state if it has no checkpoint."""
+    if not (run_dir and (newest := newest_checkpoint(run_dir))):
         return fresh, [], 0.0
     path, header, arrays = newest
-    history, expected = header["history"], named_arrays(fresh)
-    shapes = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (arrays, expected)]
-    if shapes[0] != shapes[1]:
+    now, before = (each | each["versions"] for each in (facts, header["facts"]))
+    changed = [name for name in now if now[name] != before.get(name, now[name])]
+    for name in [name for name in changed if name not in (*PLACE_FIELDS, "versions")]:
+        change = f"{name} was {before[name]}, is {now[name]}"
+        if name in Config.__dataclass_fields__:
+            raise UsageError(f"in {run_dir}, {change}; leave that flag out, or start another run")
+        say(f"NOTICE: {change}: results may differ.")
+    expected = named_arrays(fresh)
+    if jax.tree.map(jax.typeof, arrays) != jax.tree.map(jax.typeof, expected):
         raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
-    metrics = config.resume / "metrics.jsonl"
-    if metrics.exists() and metrics.read_bytes().count(b"\n") > len(history):
-        say(f"NOTICE: {metrics} knows of later epochs; they are trained again.")
-    before, now = (each | each["versions"] for each in (header["facts"], facts))
-    for name in ("device", "cores", "xla_flags", "program_sha256", *facts["versions"]):
-        if now[name] != before.get(name):
-            say(f"NOTICE: {name} was {before.get(name)}, is {now[name]}: results may differ.")
-    say(f"Resumed: {len(history)} of {config.num_epochs} epochs are done, from {path}")
-    write_history(history, config.resume)
     state = jax.tree.unflatten(jax.tree.structure(fresh), [arrays[name] for name in expected])
-    on_each_device, _ = shardings()
-    state = jax.device_put(state, on_each_device)
-    state = state._replace(key=jax.random.wrap_key_data(state.key))
-    return state, history, header["seconds"]
+    return jax.device_put(state, shardings()[0]), header["history"], header["seconds"]
 
 
 def load_actor(run_dir: Path, seed: int | None = None) -> Actor:
-    """The trained actor of a run, from its newest whole checkpoint, to be called on images.
-
-    Of several seeds, it is the first or the one asked for. UsageError if there is no such run, seed
-    or checkpoint; RunError if all checkpoints of an unfinished run are damaged.
-    """
-    newest = newest_checkpoint(Path(run_dir), notify=True)
+    """A run's trained actor, of its first seed or the one given; UsageError if there is none."""
+    seeds, newest = load_config(Path(run_dir)).seeds, newest_checkpoint(Path(run_dir))
     if newest is None:
         raise UsageError(f"{run_dir} holds no checkpoint; name a run that has finished an epoch")
-    _, header, arrays = newest
-    first, num_seeds = header["facts"]["seed"], header["facts"]["num_seeds"]
-    index = 0 if seed is None else seed - first
-    if not 0 <= index < num_seeds:
-        raise UsageError(f"{run_dir} has the seeds {first} to {first + num_seeds - 1}, not {seed}")
-    actor = Actor(784, 10, rngs=nnx.Rngs(0))
+    if seed not in (None, *seeds):
+        raise UsageError(f"{run_dir} has the seeds {seeds[0]} to {seeds[-1]}, not {seed}")
+    index = 0 if seed is None else seeds.index(seed)
+    actor, (_, _, arrays) = Actor(784, 10, rngs=nnx.Rngs(0)), newest
     leaves = [jnp.asarray(arrays[f"networks.actor.{name}"][index]) for name in named_arrays(actor)]
     return jax.tree.unflatten(jax.tree.structure(actor), leaves)
 
 
 def named_arrays(tree: Any) -> dict[str, np.ndarray]:
     """The arrays of a tree by name, such as networks.actor.output.bias.value of a TrainState."""
-    arrays = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        arrays[jax.tree_util.keystr(path, simple=True, separator=".")] = np.asarray(leaf)
-    return arrays
+    name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name_of(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, onto the disk; of several processes, the first does."""
-    if jax.process_index() > 0:
-        return
-    temporary = path.with_name(f"{path.name}.tmp")  # The name is not there before the content.
+def write_file(path: Path, content: bytes, suffix: str = ".tmp") -> None:
+    """Writes a file onto the disk, whole or not at all; RunError if it cannot be written."""
+    temporary = path.with_name(path.name + suffix)  # The name is not there before the content.
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = f"{path} cannot be written: {error.strerror}"
-        raise RunError(f"{reason}; once it can, go on with --resume") from error
-
-
-def sync_directory(path: Path) -> None:
-    """Brings the names in a directory onto the disk, where the system can."""
-    with contextlib.suppress(PermissionError):  # Windows does not open directories.
-        directory = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        raise RunError(f"cannot write {path}: {error.strerror}; mend that, and --resume") from error
+    for directory in path.parents:  # The file's name, and those of new directories.
+        with contextlib.suppress(OSError), contextlib.ExitStack() as closing:  # if the system can
+            descriptor = os.open(directory, os.O_RDONLY)
+            closing.callback(os.close, descriptor)
+            os.fsync(descriptor)
 
 
 # --- Reports --------------------------------------------------------------------------------
-
-METRICS = (  # Unless said otherwise, means over the epoch's batches or updates, and over seeds.
-    "epoch",  # 1 is the first
-    "accuracy",  # share of the sampled answers that are the label
-    "reward",  # mean of calculate_rewards, whatever that gives
-    "test_accuracy",  # share of the test images whose likeliest answer is the label
-    "seconds",  # of training alone
-    "images_per_second",
-    "loss",  # all its terms: clip, KL, entropy, critic; no measure of progress
-    "reward_std",  # standard deviation of a batch's rewards
-    "frac_reward_zero_std",  # share of the groups (batches, or images) whose rewards are all equal
-    "entropy",  # of the policy, in nats; ln 10 = 2.3 is pure guessing
-    "kl",  # from the reference, in nats; null while beta is 0
-    "ratio_max",  # the largest pi / pi_old of the epoch
-    "clip_ratio_low",  # share of all answers that have A < 0 and a ratio below 1 - epsilon
-    "clip_ratio_high",  # share of all answers that have A > 0 and a ratio above 1 + epsilon_high
-    "grad_norm",  # of the actor's gradients
-    "learning_rate",
-)
 
 
 def say(line: str) -> None:
@@ -950,50 +779,44 @@ def say(line: str) -> None:
 
 def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What config.json holds: the fields of Config, and on what they were used."""
-    fields = vars(config) | {"dataset": dataset.name, "resume": None}
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()} | {
-        "versions": {"python": sys.version.split()[0]}
-        | {name: version(name) for name in libraries},
+    return vars(config) | {
+        "dataset": dataset.name,
+        "versions": {"python": sys.version.split()[0]} | {x: version(x) for x in libraries},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}",
-        "cores": len(cores),
+        "cores": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "program_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
 
 
-def announce(config: Config, facts: dict, dataset, state: TrainState, run_dir: Path) -> None:
+def announce(config: Config, facts: dict, dataset, state, history: list, run_dir: Path) -> None:
     """Says what is about to happen, before the first long wait."""
-    num_images = len(dataset.train_images)
+    num_images, num_tests = len(dataset.train_images), len(dataset.test_images)
     steps, left_over = divmod(num_images, config.batch_size)
-    actor, critic = (sum(x[0].size for x in jax.tree.leaves(network)) for network in state.networks)
+    actor, critic = (optax.tree.size(network) // config.num_seeds for network in state.networks)
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    seeds = config.seed if config.num_seeds == 1 else f"{config.seed} to {config.seeds[-1]}"
     say(f"Starting GRPO on {dataset.name} training...")
     say(f"Device: {facts['device']}; {versions}")
-    seeds = config.seed if config.num_seeds == 1 else f"{config.seed} to {config.seeds[-1]}"
     say(f"Parameters: {actor:,} of the actor, {critic:,} of the critic; seed: {seeds}")
-    say(f"Data: {num_images:,} training images, {len(dataset.test_images):,} test images")
+    say(f"Data: {num_images:,} training images, {num_tests:,} test images")
     say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
     say(f"Output: {run_dir}")
+    if history:
+        say(f"Resumed: {len(history)} of {config.num_epochs} epochs are done; the last one was")
+        report_epoch(config, history, run_dir)
 
 
 def over_seeds(by_seed: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Means of figures (S,) by name; of several seeds also their values, and 95% intervals.
-
-    interval_95 is what follows the +-: Student's t * deviation (ddof=1) / sqrt(S).
-    """
+    """Means of figures (S,) by name; of several seeds also their values, and 95% intervals."""
     by_seed = {name: np.asarray(values, np.float64) for name, values in by_seed.items()}
-    figures = {name: values.mean().item() for name, values in by_seed.items()}
-    num_seeds = len(by_seed["accuracy"])
-    if num_seeds > 1:
-        from scipy.special import stdtrit
-
-        factor = (stdtrit(num_seeds - 1, 0.975) / num_seeds**0.5).item()
-        intervals = {name: factor * values.std(ddof=1).item() for name, values in by_seed.items()}
-        lists = {name: values.tolist() for name, values in by_seed.items()}
-        figures |= {"interval_95": intervals, "by_seed": lists}
+    figures = {name: x.mean().item() for name, x in by_seed.items()}
+    if (num_seeds := len(by_seed["accuracy"])) > 1:
+        factor = stdtrit(num_seeds - 1, 0.975) / num_seeds**0.5  # Student's t, for what follows +-
+        figures["interval_95"] = {k: (factor * x.std(ddof=1)).item() for k, x in by_seed.items()}
+        figures["by_seed"] = {name: x.tolist() for name, x in by_seed.items()}
     return figures
 
 
@@ -1003,97 +826,71 @@ def percent(figures: dict, name: str) -> str:
     return f"{figures[name]:.2%}{interval}"
 
 
-def write_history(history: list[dict], run_dir: Path) -> None:
+def report_epoch(config: Config, history: list[dict], run_dir: Path) -> None:
+    """Brings metrics.jsonl up to date and prints the last epoch's line."""
     lines = [json.dumps(record) + "\n" for record in history]
     write_file(run_dir / "metrics.jsonl", "".join(lines).encode())
-
-
-def report_epoch(config: Config, history: list[dict], run_dir: Path) -> None:
-    """Prints the last epoch's line and brings metrics.jsonl up to date."""
-    write_history(history, run_dir)
     last = history[-1]
     differs = abs(last["reward"] - last["accuracy"]) > 1e-6
     reward = f", reward {last['reward']:.4f}" if differs else ""
-    accuracy, test_accuracy = percent(last, "accuracy"), percent(last, "test_accuracy")
+    accuracies = f"{percent(last, 'accuracy')}{reward}, test {percent(last, 'test_accuracy')}"
     speed = f"{last['seconds']:.2f} s, {last['images_per_second']:,.0f} images/s"
-    number = f"{last['epoch']}/{config.num_epochs}"
-    say(f"Epoch {number}, Accuracy: {accuracy}{reward}, test {test_accuracy}, {speed}")
+    say(f"Epoch {len(history)}/{config.num_epochs}, Accuracy: {accuracies}, {speed}")
 
 
 def end_run(config: Config, dataset, state, history: list, began, run_dir: Path) -> None:
     """Draws the picture, writes summary.json, which marks the run as finished, and says so."""
-    plot_curves(config, dataset, state, history, run_dir)
+    actor = jax.device_get(state.networks.actor)
+    plot_curves(config, dataset, actor, history, run_dir)
     names = ("accuracy", "reward", "test_accuracy", "interval_95", "by_seed")
     summary = {name: history[-1][name] for name in names if name in history[-1]}
     summary |= {"dataset": dataset.name, "num_epochs": config.num_epochs}
-    summary["training_state_bytes"] = training_state_bytes(state)
-    parameters = jax.device_get(jax.tree.leaves(state.networks.actor))
-    summary["params_sha256"] = params_sha256(parameters)
+    # For one seed, in float32: weights, gradients, Adam's two moments; the reference's weights.
+    numbers = 4 * optax.tree.size(state.networks) + optax.tree.size(state.reference)
+    summary["training_state_bytes"] = 4 * numbers // config.num_seeds
+    arrays = jax.tree.leaves(actor)
+    sets = (arrays, *zip(*arrays, strict=True))  # All seeds together, then each of them.
+    hashes = [hashlib.sha256(b"".join(x.tobytes() for x in each)).hexdigest() for each in sets]
+    summary["params_sha256"] = hashes[0]
     if config.num_seeds > 1:
-        of_each = [[x[index] for x in parameters] for index in range(config.num_seeds)]
-        hashes = {"params_sha256": [params_sha256(arrays) for arrays in of_each]}
-        summary["by_seed"] = summary["by_seed"] | hashes
+        summary["by_seed"] = summary["by_seed"] | {"params_sha256": hashes[1:]}
     summary["seconds"] = time.perf_counter() - began
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
-    accuracy, test_accuracy = percent(summary, "accuracy"), percent(summary, "test_accuracy")
-    duration = f"{config.num_epochs} epochs and {summary['seconds']:.1f} s"
+    accuracy = f"{percent(summary, 'accuracy')}, test accuracy {percent(summary, 'test_accuracy')}"
     say("--- Training completed! ---")
-    say(f"Accuracy {accuracy}, test accuracy {test_accuracy} after {duration}")
+    say(f"Accuracy {accuracy} after {config.num_epochs} epochs and {summary['seconds']:.1f} s")
     say(f"params_sha256: {summary['params_sha256']}")
     say(f"Learning curve: {run_dir / 'curves.png'}")
 
 
-def plot_curves(config: Config, dataset, state: TrainState, history: list, run_dir: Path) -> None:
-    """Draws accuracy by epoch, and up to twelve wrong test answers, from sure to doubtful."""
+def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: Path) -> None:
+    """Draws accuracy by epoch, and the twelve wrong answers to test images that were the surest."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    axes, epochs = left.subplots(), range(1, len(history) + 1)
-    for name, style, label in (
-        ("accuracy", "o-", "training images, sampled answers"),
-        ("test_accuracy", "s--", "test images, likeliest answer"),
-    ):
-        mean = np.array([100 * record[name] for record in history])
-        axes.plot(epochs, mean, style, label=label)
-        if config.num_seeds > 1:
-            margin = np.array([100 * record["interval_95"][name] for record in history])
-            label = f"95% interval of {config.num_seeds} seeds"
-            axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.25, label=label)
-    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"GRPO on {dataset.name}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes = left.subplots()
+    labels = {"accuracy": "training, sampled answers", "test_accuracy": "test, likeliest answer"}
+    for (name, label), style in zip(labels.items(), ("o-", "s--"), strict=True):
+        means = [100 * record[name] for record in history]
+        margins = [100 * record.get("interval_95", {name: 0})[name] for record in history]
+        axes.errorbar(range(1, len(history) + 1), means, margins, fmt=style, label=label)
+    intervals = f", 95% intervals of {config.num_seeds} seeds" if config.num_seeds > 1 else ""
+    axes.set(xlabel="epoch", ylabel=f"accuracy (%){intervals}", title=f"GRPO on {dataset.name}")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    predictions = predict_all(state.networks.actor, dataset.test_images)
-    answers, confidences = (np.asarray(x)[0] for x in predictions)
-    wrong = np.flatnonzero(answers != dataset.test_labels)
-    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
-    counts = f"{len(wrong):,} of {len(answers):,}"
-    right.suptitle(f"Seed {config.seed}: {counts} test images wrong; some, surest first")
-    shown = wrong[:: max(1, -(-len(wrong) // 12))]
-    for axes, index in itertools.zip_longest(right.subplots(3, 4).flat, shown):
-        axes.axis("off")
-        if index is not None:
-            axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
-            said = f"{dataset.test_labels[index]}: said {answers[index]}, {confidences[index]:.0%}"
-            axes.set_title(said, fontsize=9)
+    answers, confidences = (np.asarray(x)[0] for x in predict(actor, dataset.test_images))
+    wrong = sorted(np.flatnonzero(answers != dataset.test_labels), key=lambda i: -confidences[i])
+    right.suptitle(f"Seed {config.seed}: {len(wrong)} of {len(answers)} test images wrong; surest:")
+    grid = right.subplots(3, 4, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
+    for axes, index in zip(grid.flat, wrong, strict=False):
+        axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
+        said = f"{dataset.test_labels[index]}: said {answers[index]}, {confidences[index]:.0%}"
+        axes.set_title(said, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture)
     write_file(run_dir / "curves.png", picture.getvalue())
-
-
-def training_state_bytes(state: TrainState) -> dict[str, Any]:
-    """Bytes that training keeps for each seed: weights, their gradients, Adam's two moments."""
-    sizes = {"reference": {"weights": sum(x[0].nbytes for x in jax.tree.leaves(state.reference))}}
-    for name, network in state.networks._asdict().items():
-        weights = sum(x[0].nbytes for x in jax.tree.leaves(network))
-        sizes[name] = {"weights": weights, "gradients": weights, "adam": 2 * weights}
-    return sizes | {"total": sum(sum(parts.values()) for parts in sizes.values())}
-
-
-def params_sha256(parameters: list[np.ndarray]) -> str:
-    """SHA-256 over the bytes of the actor's arrays, of all seeds, in the order of their names."""
-    return hashlib.sha256(b"".join(x.tobytes() for x in parameters)).hexdigest()
 
 
 # --- Flags and exit status ------------------------------------------------------------------
@@ -1117,7 +914,7 @@ def main(argv: list[str] | None = None, on_start: Callable = lambda run_dir: Non
         train(parse_flags(argv), on_start)
         return 0
     except (UsageError, RunError, OSError, UnicodeError, MemoryError, JaxRuntimeError) as error:
-        message = first_line(error)
+        message = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, MemoryError | JaxRuntimeError):
             message += "; if memory ran out, lower --batch-size or --num-generations"
             message += "; if another process has ended, see why, and start all again, with --resume"
@@ -1127,22 +924,14 @@ def main(argv: list[str] | None = None, on_start: Callable = lambda run_dir: Non
         return 2 if isinstance(error, UsageError) else 1
 
 
-def first_line(error: object) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def end_at_signals(run_dir: Path | None = None) -> None:
-    """Lets Ctrl-C and SIGTERM end the process at once, with a line that says how to resume.
-
-    Not by an exception, which Python loses where it is raised in a callback.
-    """
+    """Lets Ctrl-C and SIGTERM end the process at once, with a line that says how to resume."""
     command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run_dir)])
     hint = f"; resume with: {command}" if run_dir else ""
-    if jax.distributed.is_initialized():
-        hint += " on every host, with its own flags of several hosts"
+    hint += " and the flags of several hosts" if jax.distributed.is_initialized() else ""
 
-    def end(number, _):
-        if sys.stdout and sys.stdout.isatty():
+    def end(number, _):  # Python would lose an exception that is raised in a callback.
+        if os.isatty(1):
             os.write(1, b"\r\x1b[2K\x1b[?25h")  # Clears the progress bar, shows the cursor again.
         os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}{hint}\n".encode())
         os._exit(128 + number)
@@ -1154,13 +943,13 @@ def end_at_signals(run_dir: Path | None = None) -> None:
 def parse_flags(argv: list[str] | None) -> Config:
     """Flags to Config; with --resume, a flag that is left out is as in the run to continue."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
+    finder.add_argument("--resume", nargs="?", type=lambda text: Path(text).expanduser())
     run_dir = finder.parse_known_args(argv)[0].resume
-    defaults = {"default": config_to_resume(Config(resume=run_dir))} if run_dir else {}
+    defaults = {"default": load_config(run_dir)} if run_dir else {}
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Config, args=argv, description=first_line(__doc__), **defaults)
+            return tyro.cli(Config, args=argv, description=__doc__.splitlines()[0], **defaults)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
@@ -1170,51 +959,31 @@ def parse_flags(argv: list[str] | None) -> Config:
     raise UsageError(sentence.removeprefix("Error parsing Config: ") + " (see --help)")
 
 
-def flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
-def complete_and_check(config: Config) -> None:
-    """Fills in what depends on other fields; UsageError for a value that breaks a rule."""
-    for name in ("data_dir", "output_dir", "resume"):
-        if getattr(config, name) is not None:
-            object.__setattr__(config, name, Path(getattr(config, name)).expanduser())
-    for name in ("dataset", "lr_schedule", "baseline", "scale_rewards", "kl_estimator"):
-        choices = get_args(Config.__dataclass_fields__[name].type)
-        if getattr(config, name) not in choices:
-            raise UsageError(f"{flag(name)} {getattr(config, name)!r} must be one of {choices}")
-    if config.num_generations is None:
-        object.__setattr__(config, "num_generations", 8 if config.compares_answers else 1)
-    for name, holds, rule in rules(config):
-        if not holds:
-            raise UsageError(f"{flag(name)} {getattr(config, name)} must be {rule}")
-
-
 def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
     """Yields (field, whether the rule holds, what the value must be)."""
-    for name, value in vars(c).items():
-        finite = not isinstance(value, int | float) or abs(value) < 3.4e38
-        yield name, finite, "a finite number, within float32"
+    for name in ("dataset", "lr_schedule", "baseline", "scale_rewards", "kl_estimator"):
+        choices = get_args(Config.__dataclass_fields__[name].type)
+        yield name, getattr(c, name) in choices, f"one of {choices}"
     counts = ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_minibatches")
     for name in (*counts, "num_seeds"):
-        yield name, getattr(c, name) >= 1, "1 or more"
+        yield name, 1 <= getattr(c, name) < 2**31, "1 or more, and below 2**31"
     for name in ("beta", "ref_sync_epochs", "entropy_coef"):
-        yield name, getattr(c, name) >= 0, "0 or more"
-    answers, updates = c.batch_size * c.num_generations, c.num_iterations * c.num_minibatches
-    alone = answers == 1 and "batch" in (c.baseline, c.scale_rewards)
+        yield name, 0 <= getattr(c, name) < 3e38, "0 or more, within float32"
+    for name in ("learning_rate", "clip_epsilon_high"):
+        value = getattr(c, name)
+        yield name, value is None or 1e-38 < value < 3e38, "above 0, within float32"
+    drawn, updates = c.batch_size * c.num_generations, c.num_iterations * c.num_minibatches
+    alone = drawn == 1 and "batch" in (c.baseline, c.scale_rewards)
     yield "batch_size", not alone, "2 or more: a group of one learns nothing"
-    sizes = "smaller: --batch-size x --num-generations x --num-seeds must be below 2**31"
-    yield "num_generations", answers * c.num_seeds < 2**31, sizes
+    yield "num_generations", drawn * c.num_seeds < 2**31, "below 2**31 / --batch-size / --num-seeds"
+    yield "num_iterations", updates < 2**31, "below 2**31 / --num-minibatches"
     several, where = c.num_generations > 1, "where the answers to an image are compared"
     yield "num_generations", several or not c.compares_answers, f"2 or more {where}"
     yield "dynamic_sampling", c.compares_answers or not c.dynamic_sampling, f"on only {where}"
-    yield "num_iterations", updates < 2**31, "smaller: x --num-minibatches, below 2**31 in all"
-    yield "learning_rate", np.float32(c.learning_rate) > 0, "above 0, in float32 too"
     yield "clip_epsilon", 0 < c.clip_epsilon < 1, "above 0 and below 1"
-    yield "clip_epsilon_high", c.upper_clip_epsilon > 0, "above 0"
-    unused = "while --beta is 0, which leaves the KL term out"
-    yield "kl_estimator", c.beta > 0 or c.kl_estimator == "exact", f"exact {unused}"
-    yield "ref_sync_epochs", c.beta > 0 or c.ref_sync_epochs == 0, f"0 {unused}"
+    for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
+        yield name, c.beta > 0 or getattr(c, name) == unused, f"{unused} while --beta is 0"
+    yield "data_dir", not c.data_dir.is_file(), "a directory"
     yield "seed", 0 <= c.seed <= 2**32 - c.num_seeds, "0 or more, the last below 2**32"
     yield "output_dir", not c.resume or c.output_dir in (None, c.resume), f"{c.resume}, as --resume"
     address, port = c.coordinator_address, (c.coordinator_address or "").rpartition(":")[2]

@@ -49,7 +49,7 @@ def run(name, flags, data_dir, dataset):
     """A row: every metric of every seed by epoch, and how often the actor answers each digit."""
     with finished_run(flags, data_dir, NUM_SEEDS) as (run_dir, history):
         actor = final_actor(run_dir, NUM_SEEDS)
-    answers, _ = grpo_mnist.predict_all(actor, dataset.test_images)
+    answers, _ = grpo_mnist.predict(actor, dataset.test_images)
     answers = np.asarray(answers)
     counts = [np.bincount(each, minlength=10).tolist() for each in answers]
     worst = int(np.argmin(history[-1]["by_seed"]["test_accuracy"]))

@@ -119,7 +119,7 @@ def supervise(name, changes, dataset):
         for images, labels in grpo_mnist.batches(config, dataset, epoch):
             actor, adam, accuracy = step(actor, adam, images, labels)
             accuracies.append(accuracy)
-        answers, _ = grpo_mnist.predict_all(actor, dataset.test_images)
+        answers, _ = grpo_mnist.predict(actor, dataset.test_images)
         by_seed = {
             "accuracy": np.mean(jax.device_get(accuracies), axis=0),
             "test_accuracy": np.mean(np.asarray(answers) == dataset.test_labels, axis=1),

@@ -40,7 +40,7 @@ def first_update(dataset):
             rollout.old_log_probs,
             rollout.advantages,
             config.clip_epsilon,
-            config.upper_clip_epsilon,
+            config.clip_epsilon_high or config.clip_epsilon,
         )
         gradients, metrics = jax.grad(grpo_mnist.loss_fn, has_aux=True)(networks, rollout, config)
         figures = {

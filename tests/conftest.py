@@ -18,6 +18,11 @@ settings.load_profile("no deadline")
 
 ROOT = Path(grpo_mnist.__file__).parent
 SHARED_MNIST = ROOT.parent / "shared" / "mnist"
+METRICS = {  # what a line of metrics.jsonl holds
+    *("epoch", "accuracy", "reward", "test_accuracy", "seconds", "images_per_second", "loss"),
+    *("reward_std", "frac_reward_zero_std", "entropy", "kl", "ratio_max", "clip_ratio_low"),
+    *("clip_ratio_high", "grad_norm", "learning_rate"),
+}
 MNIST_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
@@ -99,6 +104,11 @@ def assert_one_line_error(errors, *words):
     assert "Traceback" not in errors
     for word in words:
         assert word in errors
+
+
+def flag(field):
+    """The flag of a field of Config."""
+    return "--" + field.replace("_", "-")
 
 
 def edited_program(path, *edits):

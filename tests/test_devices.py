@@ -72,13 +72,11 @@ def run_on_devices(num_devices, *flags):
     [
         (
             ("--batch-size=1001",),
-            "--batch-size 1001 cannot be divided into 1 minibatches on 8 devices; make it a"
-            " multiple of 8",
+            "--batch-size 1001 must be a multiple of 8, devices x --num-minibatches, and",
         ),
         (
             ("--batch-size=1000", "--num-minibatches=2"),
-            "--batch-size 1000 cannot be divided into 2 minibatches on 8 devices; make it a"
-            " multiple of 16",
+            "--batch-size 1000 must be a multiple of 16, devices x --num-minibatches, and",
         ),
     ],
 )
@@ -177,8 +175,7 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
     own = [["--seed=1"], ["--seed=2"]]
     for output, errors, status in finish(start_processes([PROGRAM, *FLAGS], 2, tmp_path, 1, own)):
         assert status == 1
-        what = "the processes differ in flags, data, versions, program or checkpoints; "
-        assert what in errors
+        assert "the processes differ in flags, data, versions or checkpoint; " in errors
         assert "Starting" not in output
     assert tree(tmp_path) == []
 

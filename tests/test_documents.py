@@ -6,16 +6,17 @@ import shlex
 import statistics
 from importlib.metadata import PackageNotFoundError, requires, version
 
+import jax
 import numpy as np
 import pytest
 import tyro
 from accuracy import PROMISED
-from conftest import ROOT, read_json
+from conftest import METRICS, ROOT, flag, read_json
 from one_update import signed
 from packaging.requirements import Requirement
 
 import grpo_mnist
-from grpo_mnist import METRICS, Config, flag, group_advantages
+from grpo_mnist import Config, group_advantages
 
 READMES = ("README.md", "README_ch.md")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -201,7 +202,7 @@ def algorithm_rows():
         if "command" in row:
             cells[1:1] = [f"`{row['command']}`"]
             cells.append(f"{row['epoch_seconds']['median']:.2f} s")
-            cells.append(f"{row['training_state_bytes']['total'] / 1e6:.2f} MB")
+            cells.append(f"{row['training_state_bytes'] / 1e6:.2f} MB")
             cells.append(f"{row['reward_bits'] / 1e6:.2f} M")
         else:
             cells[1:1] = ["cross-entropy"]
@@ -468,10 +469,10 @@ def tutorial_figures():
     )
     machine = read_json(RESULTS / "accuracy.json")
     algorithms = {row["name"]: row for row in comparison["algorithms"]}
-    sizes = algorithms["PPO with critic"]["training_state_bytes"]
-    actor, critic = (sizes[name]["weights"] // 4 for name in ("actor", "critic"))
+    networks = grpo_mnist.create_state(Config(baseline="critic")).networks
+    actor, critic = (sum(x.size for x in jax.tree.leaves(network)) for network in networks)
     megabytes = {
-        name: f"{algorithms[name]['training_state_bytes']['total'] / 1e6:.2f}"
+        name: f"{algorithms[name]['training_state_bytes'] / 1e6:.2f}"
         for name in ("batch-mean GRPO", "PPO with critic")
     }
     labels = interval(comparison["supervised"][1]["test_accuracy"])
