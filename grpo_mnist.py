@@ -336,7 +336,7 @@ class Config:
     )
     num_epochs: int = 10  # Passes over the training images.
     batch_size: int = 1024  # B, images per step.
-    num_generations: int | None = None  # G, answers per image. None: 8 where compared, else 1.
+    num_generations: int | None = None  # G, answers to an image. None: 8 if compared, else 1.
     num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
     num_minibatches: int = 1  # Pieces that a round is cut into, with an Adam update each.
     learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
@@ -390,7 +390,7 @@ class Config:
 def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: None) -> list[dict]:
     """Trains, printing and writing on the way; returns the metrics of each epoch.
 
-    Calls on_start once the run's directory is open; UsageError comes before any result.
+    on_start gets the run's directory. UsageError comes before any result, RunError on the way.
     """
     began = time.perf_counter()
     start_jax(config)
@@ -458,7 +458,7 @@ def create_state(config: Config) -> TrainState:
         critic = Critic(784, 1, rngs=nnx.Rngs(critic_key)) if config.baseline == "critic" else None
         reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
         networks = Networks(actor, critic)
-        moments = create_optimizer(config, 1).init(networks)  # They are so under any schedule.
+        moments = create_optimizer(config, 1).init(networks)  # the same for any schedule
         return TrainState(networks, moments, reference, jnp.zeros(()), jax.random.key_data(key))
 
     # Less effort compiles in half the time. It was tried on CPUs only.
@@ -557,7 +557,7 @@ class Dataset(NamedTuple):
 def load_dataset(name: str, data_dir: Path) -> Dataset:
     """Reads a data set, named as by its flag, from data_dir; downloads it there if it is missing.
 
-    DataUnavailable, in 10 seconds without a network; RunError if a file is not what it should be.
+    Raises DataUnavailable, within 10 s if there is no network, and RunError for an altered file.
     """
     if name != "digits":
         try:
@@ -571,7 +571,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
 
 
 def load_idx_files(name: str, data_dir: Path) -> Dataset:
-    """Reads MNIST or a relative: files put into downloads/manual by hand, or else downloads."""
+    """Reads MNIST or a relative, from files put into downloads/manual by hand or from downloads."""
     # tensorflow-datasets knows addresses, checksums and places; its reader would need TensorFlow.
     downloads, infos = data_dir / "downloads", tfds.builder_cls(name).url_infos
     paths = {}
@@ -671,9 +671,9 @@ def begin_run(config: Config, dataset, facts: dict, history: list) -> tuple[Path
 def load_config(run_dir: Path) -> Config:
     """The Config with which train continues the run in a directory; UsageError if it holds none."""
     try:
-        facts = dict(json.loads((run_dir / "config.json").read_text()))
+        facts = dict(json.loads(Path(run_dir, "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:  # It is damaged, or there is none.
-        if not (newest := newest_checkpoint(run_dir)):
+        if not (newest := newest_checkpoint(Path(run_dir))):
             raise UsageError(f"{run_dir} is not the directory of a run; name another") from error
         facts = newest[1]["facts"]
     fields = {name: facts[name] for name in Config.__dataclass_fields__ if name in facts}
@@ -682,7 +682,7 @@ def load_config(run_dir: Path) -> Config:
 
 
 def write_checkpoint(facts: dict, state: TrainState, history: list, seconds, run_dir: Path) -> None:
-    """Writes an .npz file and its SHA-256, without which a flipped bit may be restored."""
+    """Writes an .npz file and its SHA-256; Orbax would restore a flipped bit without a word."""
     header = {"format": FORMAT, "facts": facts, "history": history, "seconds": seconds}
     content, directory = io.BytesIO(), run_dir / "checkpoints"
     np.savez(content, header=json.dumps(header, default=str), **named_arrays(state))
@@ -732,7 +732,7 @@ def restore(run_dir: Path | None, facts: dict, fresh: TrainState) -> tuple[Train
 
 def load_actor(run_dir: Path, seed: int | None = None) -> Actor:
     """A run's trained actor, of its first seed or the one given; UsageError if there is none."""
-    seeds, newest = load_config(Path(run_dir)).seeds, newest_checkpoint(Path(run_dir))
+    seeds, newest = load_config(run_dir).seeds, newest_checkpoint(Path(run_dir))
     if newest is None:
         raise UsageError(f"{run_dir} holds no checkpoint; name a run that has finished an epoch")
     if seed not in (None, *seeds):
@@ -804,7 +804,7 @@ def announce(config: Config, facts: dict, dataset, state, history: list, run_dir
     say(f"Data: {num_images:,} training images, {num_tests:,} test images")
     say(f"Epoch: {steps} steps of {config.batch_size} images; {left_over} images left over")
     say(f"Output: {run_dir}")
-    if history:
+    if history and jax.process_index() == 0:
         say(f"Resumed: {len(history)} of {config.num_epochs} epochs are done; the last one was")
         report_epoch(config, history, run_dir)
 
@@ -864,7 +864,7 @@ def end_run(config: Config, dataset, state, history: list, began, run_dir: Path)
 
 
 def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: Path) -> None:
-    """Draws accuracy by epoch, and the twelve wrong answers to test images that were the surest."""
+    """Draws accuracy by epoch, and up to twelve wrong answers to test images, the surest first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
@@ -873,7 +873,7 @@ def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: P
     labels = {"accuracy": "training, sampled answers", "test_accuracy": "test, likeliest answer"}
     for (name, label), style in zip(labels.items(), ("o-", "s--"), strict=True):
         means = [100 * record[name] for record in history]
-        margins = [100 * record.get("interval_95", {name: 0})[name] for record in history]
+        margins = [100 * x["interval_95"][name] for x in history if "interval_95" in x] or None
         axes.errorbar(range(1, len(history) + 1), means, margins, fmt=style, label=label)
     intervals = f", 95% intervals of {config.num_seeds} seeds" if config.num_seeds > 1 else ""
     axes.set(xlabel="epoch", ylabel=f"accuracy (%){intervals}", title=f"GRPO on {dataset.name}")
@@ -882,9 +882,9 @@ def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: P
     axes.legend(loc="lower right")
     answers, confidences = (np.asarray(x)[0] for x in predict(actor, dataset.test_images))
     wrong = sorted(np.flatnonzero(answers != dataset.test_labels), key=lambda i: -confidences[i])
-    right.suptitle(f"Seed {config.seed}: {len(wrong)} of {len(answers)} test images wrong; surest:")
+    right.suptitle(f"Seed {config.seed}: {len(wrong)} of {len(answers)} test images wrong; some:")
     grid = right.subplots(3, 4, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
-    for axes, index in zip(grid.flat, wrong, strict=False):
+    for axes, index in zip(grid.flat, wrong[:: -(-len(wrong) // 12) or 1], strict=False):
         axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
         said = f"{dataset.test_labels[index]}: said {answers[index]}, {confidences[index]:.0%}"
         axes.set_title(said, fontsize=9)
@@ -930,7 +930,7 @@ def end_at_signals(run_dir: Path | None = None) -> None:
     hint = f"; resume with: {command}" if run_dir else ""
     hint += " and the flags of several hosts" if jax.distributed.is_initialized() else ""
 
-    def end(number, _):  # Python would lose an exception that is raised in a callback.
+    def end(number, _):  # An exception would be lost if it came in a callback.
         if os.isatty(1):
             os.write(1, b"\r\x1b[2K\x1b[?25h")  # Clears the progress bar, shows the cursor again.
         os.write(2, f"grpo_mnist.py: stopped by {signal.Signals(number).name}{hint}\n".encode())
