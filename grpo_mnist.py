@@ -15,7 +15,7 @@ B is the number of images in a batch, G of answers per image, A = 10 of possible
     reward  a learned model                      a rule, as in DeepSeek-R1-Zero
 
 (*) DeepSeekMath, arXiv 2402.03300, section 4.1. The default, with the batch as group, is REINFORCE
-on batch-standardised rewards with PPO's clip; it does not see how hard an image is. 10 epochs of
+on batch-standardised rewards with PPO's clip, and does not see how hard an image is. 10 epochs of
 MNIST take 16 s on two CPU cores (medians of five seeds): 97.8% of the sampled answers of the last
 epoch are right, and 97.2% of the test images.
 """
@@ -117,7 +117,7 @@ BATCH, IMAGE = (0, 1), 1
 class Statistic(NamedTuple):
     """A baseline or a scale: a function of rewards (B, G), and the group over which it is taken."""
 
-    function: Callable  # Its result broadcasts to (B, G).
+    function: Callable  # (rewards, expected) or, of a scale, (rewards) -> broadcasts to (B, G)
     group: Any  # BATCH, IMAGE, or None if it compares no rewards
 
 
@@ -131,13 +131,13 @@ BASELINES = {  # What is subtracted from a reward; expected is a moving average,
     "batch": Statistic(lambda rewards, expected: rewards.mean(), BATCH),
     "group": Statistic(lambda rewards, expected: rewards.mean(IMAGE, keepdims=True), IMAGE),  # GRPO
     "loo": Statistic(mean_of_others, IMAGE),  # RLOO: "leave one out"
-    "ema": Statistic(lambda rewards, expected: expected, None),
+    "ema": Statistic(lambda rewards, expected: expected, None),  # updated in train_step
     "critic": Statistic(lambda rewards, expected: expected, None),  # PPO
     "none": Statistic(lambda rewards, expected: 0.0, None),  # REINFORCE
 }
 SCALES = {  # What the difference is divided by.
     "batch": Statistic(lambda rewards: rewards.std() + 1e-8, BATCH),
-    "group": Statistic(lambda rewards: rewards.std(IMAGE, keepdims=True) + 1e-8, IMAGE),
+    "group": Statistic(lambda rewards: rewards.std(IMAGE, keepdims=True) + 1e-8, IMAGE),  # GRPO
     "none": Statistic(lambda rewards: 1.0, None),  # Dr. GRPO
 }
 
@@ -270,7 +270,7 @@ def loss_fn(networks, rollout, config):
         reference = tfd.Categorical(logits=rollout.reference_logits)
         metrics["kl"] = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
         loss = loss + config.beta * metrics["kl"]
-    if networks.critic is not None:  # PPO, equation 9
+    if networks.critic is not None:  # Its loss: PPO, equation 9.
         loss = loss + ((networks.critic(rollout.images) - rollout.rewards) ** 2).mean()
     ratio = jnp.exp(log_probs - old_log_probs)
     metrics["loss"] = loss
@@ -289,7 +289,7 @@ def train_step(state, images, labels, *, optimizer, config):
     key, sampling_key = jax.random.split(state.key)
     rollout = sample_rollout(state, images, labels, sampling_key, config)
     M = config.num_minibatches
-    # Minibatch m, [:, m] of (B / M, M, ...), is every M-th image: each device has as many of them.
+    # Minibatch m is every M-th image, [:, m] of (B / M, M, ...): each device has as many of them.
     minibatches = jax.tree.map(lambda x: x.reshape(-1, M, *x.shape[1:]), rollout)
 
     def update(state, m):
@@ -301,7 +301,7 @@ def train_step(state, images, labels, *, optimizer, config):
         networks = optax.apply_updates(state.networks, updates)
         return state._replace(networks=networks, optimizer_state=optimizer_state), metrics
 
-    # It is updated after the rollout, so that it does not depend on the answers that it judges.
+    # After the rollout: a baseline must not depend on the answers that it judges.
     moving_average = 0.9 * state.moving_average + 0.1 * rollout.rewards.mean()
     state = state._replace(key=key, moving_average=moving_average)
     # K rounds over the minibatches, as a compiled loop; unroll=4 only makes it faster.
@@ -365,7 +365,7 @@ class Config:
     def __post_init__(self):  # Fills in what depends on other fields, and checks them all.
         for name in ("data_dir", "output_dir", "resume"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+                object.__setattr__(self, name, Path(os.path.expanduser(getattr(self, name))))
         if self.num_generations is None:
             known = self.baseline in BASELINES and self.scale_rewards in SCALES
             object.__setattr__(self, "num_generations", 8 if known and self.compares_answers else 1)
@@ -411,7 +411,7 @@ def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: Non
         announce(config, facts, dataset, state, history, run_dir)
         step = compile_step(config, dataset, state)
         with Progress(transient=True, disable=not (first_process and os.isatty(1))) as progress:
-            steps = len(dataset.train_images) // config.batch_size  # in an epoch
+            steps = len(dataset.train_images) // config.batch_size  # per epoch
             bar = progress.add_task("Training", total=(config.num_epochs - len(history)) * steps)
             for epoch in range(len(history) + 1, config.num_epochs + 1):
                 epoch_began, step_metrics = time.perf_counter(), []
@@ -458,8 +458,8 @@ def create_state(config: Config) -> TrainState:
         critic = Critic(784, 1, rngs=nnx.Rngs(critic_key)) if config.baseline == "critic" else None
         reference = jax.tree.map(jnp.copy, actor) if config.beta > 0 else None
         networks = Networks(actor, critic)
-        moments = create_optimizer(config, 1).init(networks)  # the same for any schedule
-        return TrainState(networks, moments, reference, jnp.zeros(()), jax.random.key_data(key))
+        adam = create_optimizer(config, 1).init(networks)  # for any number of steps
+        return TrainState(networks, adam, reference, jnp.zeros(()), jax.random.key_data(key))
 
     # Less effort compiles in half the time. It was tried on CPUs only.
     quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
@@ -594,7 +594,7 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
             remedy = f"connect to the network, or fetch {files} from {source}/ into {target}"
             raise DataUnavailable(f"{name} cannot be had: {error}; {remedy}") from error
         paths[url].parent.mkdir(parents=True, exist_ok=True)
-        write_file(paths[url], packed[url], f".{os.getpid()}.tmp")  # Another may fetch it, too.
+        write_file(paths[url], packed[url], f".{os.urandom(8).hex()}.tmp")  # Others may, too.
     # In the IDX format, 16 bytes come before the pixels, and 8 before the labels.
     contents = [np.frombuffer(gzip.decompress(packed[url]), np.uint8) for url in paths]
     test_images, train_images = (pixels[16:].reshape(-1, 784) for pixels in contents[::2])
@@ -639,17 +639,17 @@ PLACE_FIELDS = (*HOST_FIELDS, "data_dir", "output_dir", "resume")  # They may ch
 
 
 def begin_run(config: Config, dataset, facts: dict, history: list) -> tuple[Path, Any]:
-    """Refuses what does not fit the data or the devices; opens the run's directory and its lock."""
+    """Refuses what does not fit, or processes that differ; opens and locks the run's directory."""
     num_images, divisor = len(dataset.train_images), jax.device_count() * config.num_minibatches
     if config.batch_size > num_images or config.batch_size % divisor:
-        rule = f"a multiple of {divisor}, devices x --num-minibatches, and at most {num_images}"
-        raise UsageError(f"--batch-size {config.batch_size} must be {rule}, the training images")
+        rule = f"a multiple of {divisor} (devices x --num-minibatches) and at most {num_images}"
+        raise UsageError(f"--batch-size {config.batch_size} must be {rule} (training images)")
     must_agree = [facts[name] for name in facts if name not in (*PLACE_FIELDS, "cores")]
-    digest = hashlib.sha256(json.dumps([*must_agree, len(history)]).encode()).digest()
+    digest = hashlib.sha256(json.dumps([*must_agree, history]).encode()).digest()
     digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     if (digests != digests[0]).any():
         raise RunError("the processes differ in flags, data, versions or checkpoint; use the same")
-    now = time.localtime(int(multihost_utils.broadcast_one_to_all(np.int32(time.time()))))
+    now = time.localtime(int(multihost_utils.broadcast_one_to_all(np.uint32(time.time()))))
     name = f"{facts['dataset']}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S', now)}"
     run_dir = config.resume or config.output_dir or Path("runs", name)
     if jax.process_index() > 0:  # It writes nothing.
@@ -698,14 +698,13 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
     paths = sorted((run_dir / "checkpoints").glob("*.npz"), reverse=True)
     for path in paths:
         content = path.read_bytes()
-        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-            say(f"NOTICE: {path} does not match its SHA-256; it is damaged and not used.")
-            continue
-        arrays = dict(np.load(io.BytesIO(content[:-32])))
-        header = json.loads(str(arrays.pop("header")))
-        if (found := header["format"]) != FORMAT:
-            raise UsageError(f"{path} has format {found}, not {FORMAT}; use the program it is from")
-        return path, header, arrays
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            arrays = dict(np.load(io.BytesIO(content[:-32])))
+            header = json.loads(str(arrays.pop("header")))
+            if (found := header["format"]) != FORMAT:
+                raise UsageError(f"{path} has format {found}, not {FORMAT}; use its own program")
+            return path, header, arrays
+        say(f"NOTICE: {path} does not match its SHA-256; it is damaged and not used.")
     if paths or (run_dir / "metrics.jsonl").exists():
         raise RunError(f"{run_dir}/checkpoints: no whole checkpoint; put one back, or start anew")
     return None
@@ -727,7 +726,8 @@ def restore(run_dir: Path | None, facts: dict, fresh: TrainState) -> tuple[Train
     if jax.tree.map(jax.typeof, arrays) != jax.tree.map(jax.typeof, expected):
         raise RunError(f"{path} holds other arrays than this program has; was it changed since?")
     state = jax.tree.unflatten(jax.tree.structure(fresh), [arrays[name] for name in expected])
-    return jax.device_put(state, shardings()[0]), header["history"], header["seconds"]
+    place = partial(jax.make_array_from_process_local_data, shardings()[0])
+    return jax.tree.map(place, state), header["history"], header["seconds"]
 
 
 def load_actor(run_dir: Path, seed: int | None = None) -> Actor:
@@ -792,7 +792,7 @@ def describe_run(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 
 def announce(config: Config, facts: dict, dataset, state, history: list, run_dir: Path) -> None:
-    """Says what is about to happen, before the first long wait."""
+    """Says what is about to happen, before the step is compiled."""
     num_images, num_tests = len(dataset.train_images), len(dataset.test_images)
     steps, left_over = divmod(num_images, config.batch_size)
     actor, critic = (optax.tree.size(network) // config.num_seeds for network in state.networks)
@@ -864,7 +864,7 @@ def end_run(config: Config, dataset, state, history: list, began, run_dir: Path)
 
 
 def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: Path) -> None:
-    """Draws accuracy by epoch, and up to twelve wrong answers to test images, the surest first."""
+    """Draws accuracy by epoch, and up to twelve wrong test answers, from sure to doubtful."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
@@ -943,7 +943,7 @@ def end_at_signals(run_dir: Path | None = None) -> None:
 def parse_flags(argv: list[str] | None) -> Config:
     """Flags to Config; with --resume, a flag that is left out is as in the run to continue."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", nargs="?", type=lambda text: Path(text).expanduser())
+    finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
     run_dir = finder.parse_known_args(argv)[0].resume
     defaults = {"default": load_config(run_dir)} if run_dir else {}
     box = io.StringIO()

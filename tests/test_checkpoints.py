@@ -44,7 +44,7 @@ FAULTS = {  # 16 operations on the disk end with the report of the first epoch, 
 }
 SAFEGUARDS = {  # old: new, which takes a safeguard out of the program, but for the first
     "nothing": ('"""Teach ', '"""Teaches '),
-    "digest": ("if hashlib.sha256(content[:-32]).digest() != content[-32:]:", "if not content:"),
+    "digest": ("if hashlib.sha256(content[:-32]).digest() == content[-32:]:", "if content:"),
     "sync of contents": ("            os.fsync(file.fileno())\n", ""),
     "sync of names": ("os.fsync(descriptor)", "pass"),
     "random numbers": (

@@ -85,7 +85,7 @@ BAD_INPUT = [
     (["--batch-size=100", "--num-minibatches=3"], "--batch-size 100"),
     (
         ["--batch-size=4", "--num-minibatches=8"],
-        "--batch-size 4 must be a multiple of 8, ",
+        "--batch-size 4 must be a multiple of 8 (",
     ),
     (["--batch-size=1"], "--batch-size 1 must be 2 or more: a group of one learns nothing"),
     (["--baseline=group", "--num-generations=1"], "--num-generations 1 must be 2 or more where "),
@@ -102,7 +102,7 @@ BAD_INPUT = [
     (["--ref-sync-epochs=2"], "--ref-sync-epochs 2 must be 0 while --beta is 0"),
     (["--num-processes=2"], "--coordinator-address None must be host:port, with "),
     (["--coordinator-address=here:1"], "--coordinator-address here:1 must be host:port, with "),
-    (["--batch-size=40000"], "and at most 35925, the training images"),
+    (["--batch-size=40000"], "and at most 35925 (training images)"),
     (["--num-generations=3000000000"], "--num-generations 3000000000"),
     # directories
     (["--output-dir=a-file"], "a-file cannot be opened (Not a directory)"),

@@ -5,6 +5,7 @@ address.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,11 +73,11 @@ def run_on_devices(num_devices, *flags):
     [
         (
             ("--batch-size=1001",),
-            "--batch-size 1001 must be a multiple of 8, devices x --num-minibatches, and",
+            "--batch-size 1001 must be a multiple of 8 (devices x --num-minibatches) and",
         ),
         (
             ("--batch-size=1000", "--num-minibatches=2"),
-            "--batch-size 1000 must be a multiple of 16, devices x --num-minibatches, and",
+            "--batch-size 1000 must be a multiple of 16 (devices x --num-minibatches) and",
         ),
     ],
 )
@@ -178,6 +179,21 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
         assert "the processes differ in flags, data, versions or checkpoint; " in errors
         assert "Starting" not in output
     assert tree(tmp_path) == []
+
+
+def test_processes_that_do_not_go_on_from_the_same_checkpoint_are_refused(undisturbed, tmp_path):
+    """On hosts that do not share their disks, one may have lost its newest."""
+    for name in ("one", "other"):
+        shutil.copytree(undisturbed[0] / "run", tmp_path / name)
+        (tmp_path / name / "summary.json").unlink()
+    (tmp_path / "other" / "checkpoints" / "epoch-6.npz").unlink()
+    before = tree(tmp_path)
+    own = [["--resume=one"], ["--resume=other"]]
+    for output, errors, status in finish(start_processes([PROGRAM], 2, tmp_path, 1, own)):
+        assert status == 1
+        assert "the processes differ in flags, data, versions or checkpoint; " in errors
+        assert "Starting" not in output
+    assert tree(tmp_path) == before
 
 
 def test_without_an_address_a_process_runs_alone():
