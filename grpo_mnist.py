@@ -9,7 +9,7 @@ critic: an answer counts as good if it did better than its group did on average.
 B is the number of images in a batch, G of answers per image, A = 10 of possible answers.
 
             the paper that introduced GRPO (*)   here
-    group   G answers to one question            all of a batch, or those to an image (--baseline)
+    group   G answers to one question            all answers in a batch, or an image's (--baseline)
     KL      always, estimated by k3              off by default; the exact sum
     answer  a text of many tokens                one digit, and so one ratio
     reward  a learned model                      a rule, as in DeepSeek-R1-Zero
@@ -161,7 +161,7 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     base, scale = BASELINES[baseline], SCALES[scale_rewards]
     advantages = (rewards - base.function(rewards, expected_rewards)) / scale.function(rewards)
     for group in (base.group, scale.group):
-        if group is not None:  # All equal: exactly 0, not a rounding error / 1e-8.
+        if group is not None:  # Where all are equal: 0, and no rounding error over 1e-8.
             advantages = jnp.where(all_equal(rewards, group), 0.0, advantages)
     return advantages
 
@@ -594,7 +594,7 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
             remedy = f"connect to the network, or fetch {files} from {source}/ into {target}"
             raise DataUnavailable(f"{name} cannot be had: {error}; {remedy}") from error
         paths[url].parent.mkdir(parents=True, exist_ok=True)
-        write_file(paths[url], packed[url], f".{os.urandom(8).hex()}.tmp")  # Others may, too.
+        write_file(paths[url], packed[url], f".{os.urandom(8).hex()}.tmp")  # Two may fetch it.
     # In the IDX format, 16 bytes come before the pixels, and 8 before the labels.
     contents = [np.frombuffer(gzip.decompress(packed[url]), np.uint8) for url in paths]
     test_images, train_images = (pixels[16:].reshape(-1, 784) for pixels in contents[::2])
