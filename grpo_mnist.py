@@ -330,7 +330,7 @@ class Config:
 
     # What to read. auto is MNIST if it can be had, else scikit-learn's digits.
     dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    # Where tensorflow-datasets keeps its data. The default is $TFDS_DATA_DIR.
+    # Where tensorflow-datasets keeps its data: $TFDS_DATA_DIR, if that is set.
     data_dir: Path = dataclasses.field(
         default_factory=lambda: Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     )
@@ -582,7 +582,7 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
     packed = {url: path.read_bytes() for url, path in paths.items() if path.exists()}
     for url, content in packed.items():
         if hashlib.sha256(content).hexdigest() != infos[url].checksum:
-            expected = f"the {int(infos[url].size):,} with SHA-256 {infos[url].checksum}"
+            expected = f"the right {int(infos[url].size):,} (SHA-256 {infos[url].checksum})"
             remedy = f"remove it, or put {url} there (other data sets belong in manual/<dataset>)"
             raise RunError(f"{paths[url]} is {len(content):,} bytes, not {expected}; {remedy}")
     for url in sorted(paths.keys() - packed.keys()):

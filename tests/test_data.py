@@ -169,8 +169,8 @@ def test_a_damaged_file_is_named_and_not_trained_on(
     output, errors = capfd.readouterr()
     assert output == ""
     named, expected = {
-        True: (TEST_IMAGES, "not the 1,648,877 with SHA-256 8d422c7b0a1c1c79"),
-        False: (TRAIN_IMAGES, "not the 9,912,422 with SHA-256 440fcabf73cc546f"),
+        True: (TEST_IMAGES, "not the right 1,648,877 (SHA-256 8d422c7b0a1c1c79"),
+        False: (TRAIN_IMAGES, "not the right 9,912,422 (SHA-256 440fcabf73cc546f"),
     }[fault == "swapped"]  # test images are read first
     words = (f"{manual / named} is ", " bytes, ", expected, "remove it")
     if fault == "a directory":
@@ -186,7 +186,7 @@ def test_a_damaged_file_is_named_before_a_missing_one(copied_mnist, capfd):
     (manual / TRAIN_IMAGES).write_bytes(b"")
     assert main([f"--data-dir={copied_mnist}"]) == 1
     assert_one_line_error(
-        capfd.readouterr().err, f"{manual / TRAIN_IMAGES} is 0 bytes, not the 9,912,422"
+        capfd.readouterr().err, f"{manual / TRAIN_IMAGES} is 0 bytes, not the right 9,912,422"
     )
 
 
