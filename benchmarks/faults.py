@@ -205,7 +205,7 @@ class Laboratory:
             output, errors = process.communicate()
         reason = "Not a directory" if leave_a_file else "No such file or directory"
         good = process.returncode == 1 and len(errors.splitlines()) == 1
-        good = good and "cannot write run/" in errors and reason in errors
+        good = good and "cannot write run/" in errors and f": {reason}; " in errors
         if leave_a_file:
             good = good and (place / "run").read_text() == "mine"
             (place / "run").unlink()

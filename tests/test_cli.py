@@ -102,7 +102,11 @@ BAD_INPUT = [
     (["--ref-sync-epochs=2"], "--ref-sync-epochs 2 must be 0 while --beta is 0"),
     (["--num-processes=2"], "--coordinator-address None must be host:port, with "),
     (["--coordinator-address=here:1"], "--coordinator-address here:1 must be host:port, with "),
-    (["--batch-size=40000"], "and at most 35925 (training images)"),
+    (
+        ["--batch-size=40000"],
+        "--batch-size 40000 must be a multiple of 1 (devices x --num-minibatches)"
+        " and at most 35925 (training images)",
+    ),
     (["--num-generations=3000000000"], "--num-generations 3000000000"),
     # directories
     (["--output-dir=a-file"], "a-file cannot be opened (Not a directory)"),
