@@ -26,7 +26,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing.pool
 import os
@@ -38,7 +37,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 if __name__ == "__main__":  # A signal during the slow imports ends the program at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -54,7 +53,6 @@ from filelock import FileLock
 from flax import nnx
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import Progress
 from scipy.special import stdtrit
 from tensorflow_probability.substrates.jax import distributions as tfd
@@ -119,12 +117,19 @@ class Statistic(NamedTuple):
 
     function: Callable  # (rewards, expected) or, of a scale, (rewards) -> broadcasts to (B, G)
     group: Any  # BATCH, IMAGE, or None if it compares no rewards
+    zero_if_equal: bool = True  # whether equal rewards in a group give the advantage 0
 
 
 def mean_of_others(rewards, expected):
     """The mean of the image's other G - 1 rewards, in terms of the mean of all G -> (B, G)."""
     mean = rewards.mean(axis=IMAGE, keepdims=True)
     return mean - (rewards - mean) / (rewards.shape[IMAGE] - 1)
+
+
+def positive_mean(rewards):
+    """The mean of the image's rewards, or infinity, for advantages of 0, if it is not above 0."""
+    mean = rewards.mean(axis=IMAGE, keepdims=True)
+    return jnp.where(mean <= 0, jnp.inf, mean)
 
 
 BASELINES = {  # What is subtracted from a reward; expected is a moving average, or V(image).
@@ -139,6 +144,7 @@ SCALES = {  # What the difference is divided by.
     "batch": Statistic(lambda rewards: rewards.std() + 1e-8, BATCH),
     "group": Statistic(lambda rewards: rewards.std(IMAGE, keepdims=True) + 1e-8, IMAGE),  # GRPO
     "none": Statistic(lambda rewards: 1.0, None),  # Dr. GRPO
+    "mean": Statistic(positive_mean, IMAGE, zero_if_equal=False),  # MaxRL
 }
 
 
@@ -148,8 +154,9 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
 
     (reward - baseline) / scale, by the tables above. "group" for both is GRPO (DeepSeekMath, arXiv
     2402.03300, section 4.1.2, which has no 1e-8), "group" without scale Dr. GRPO (arXiv 2503.20783,
-    section 3.2), "loo" without scale RLOO (arXiv 2402.14740). expected_rewards is the moving
-    average () of "ema", or the values (B, 1) of "critic".
+    section 3.2), "loo" without scale RLOO (arXiv 2402.14740), "group" with "mean" MaxRL (arXiv
+    2602.02710). expected_rewards is the moving average () of "ema", or the values (B, 1) of
+    "critic".
 
     Deviations are population ones (ddof=0), of the rewards before the subtraction: afterwards, they
     would be others for "critic", "loo" and, over a batch, "group". The average of "ema" is one of
@@ -160,9 +167,9 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
         raise ValueError(f"rewards must have the shape (B, G), not {rewards.shape}")
     base, scale = BASELINES[baseline], SCALES[scale_rewards]
     advantages = (rewards - base.function(rewards, expected_rewards)) / scale.function(rewards)
-    for group in (base.group, scale.group):
-        if group is not None:  # Where all are equal: 0, and no rounding error over 1e-8.
-            advantages = jnp.where(all_equal(rewards, group), 0.0, advantages)
+    for statistic in (base, scale):
+        if statistic.group is not None and statistic.zero_if_equal:  # no rounding error / 1e-8
+            advantages = jnp.where(all_equal(rewards, statistic.group), 0.0, advantages)
     return advantages
 
 
@@ -174,9 +181,9 @@ def all_equal(rewards, group):
 def average_over_signals(advantages):
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), without sampling anew.
 
-    An image carries a signal if its rewards differ, so that its advantages are not 0. The clipped
-    loss is a mean over all answers and proportional to the advantages (B, G). Divided by the share
-    of images with a signal, it is a mean over their answers.
+    An image carries a signal if its advantages are not all 0. The loss is a mean over all answers
+    and proportional to the advantages (B, G). Divided by the share of images with a signal, it is
+    a mean over their answers.
     """
     share = (advantages != 0).any(axis=1).mean()
     return advantages / jnp.maximum(share, 1 / len(advantages))  # not 0 / 0 without any signal
@@ -195,17 +202,53 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsil
     return -jnp.minimum(advantages * ratio, advantages * clipped_ratio).mean()
 
 
-def kl_to_reference(policy, reference, actions, estimator):
-    """Mean KL(policy || reference) in nats: two policies, actions int (B, G) -> a scalar.
+def cispo_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
+    """CISPO (MiniMax-M1, arXiv 2506.13585, equation 4): three arrays (B, G) -> a scalar.
 
-    "exact" sums over the ten answers. "k3" is DeepSeekMath's estimate from the sampled answers
-    (equation 4). For answers of the policy itself its value is unbiased, but its expected gradient
-    is that of KL(reference || policy), so the two do not train alike.
+    REINFORCE, weighted by the clipped ratio, so that no answer loses its gradient.
+    """
+    weights = jnp.minimum(jnp.exp(log_probs - old_log_probs), 1 + clip_epsilon_high)
+    return -(jax.lax.stop_gradient(weights) * advantages * log_probs).mean()
+
+
+def dg_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
+    """Delightful policy gradient (arXiv 2603.14608, section 2): three arrays (B, G) -> a scalar.
+
+    REINFORCE, weighted by a gate: of improbable answers, good ones count fully, bad ones hardly.
+    """
+    gate = jax.nn.sigmoid(advantages * -log_probs)
+    return -(jax.lax.stop_gradient(gate) * advantages * log_probs).mean()
+
+
+def tpo_loss(policy, old_logits, actions, advantages):
+    """The cross-entropy to a target: a policy, (B, A), (B, 1), (B, 1) -> a scalar.
+
+    Target Policy Optimization (arXiv 2604.06159, section 2). Of the ten scores of an image, that
+    of its answer is the advantage, the others are 0. The target is softmax(old_logits + whitened
+    scores); these are 3 and -1/3, or the negative, so that only the advantage's sign counts.
+    """
+    scores = advantages * jax.nn.one_hot(actions[:, 0], old_logits.shape[1])  # (B, A)
+    deviation = scores.std(axis=1, keepdims=True)
+    centered = scores - scores.mean(axis=1, keepdims=True)
+    target = jax.nn.softmax(old_logits + centered / jnp.where(deviation < 1e-6, 1.0, deviation))
+    return -(target * jax.nn.log_softmax(policy.logits)).sum(axis=1).mean()
+
+
+LOSSES = {"ppo_clip": ppo_clip_loss, "cispo": cispo_loss, "dg": dg_loss, "tpo": tpo_loss}
+
+
+def kl_to_reference(policy, reference, actions, ratio, estimator):
+    """Mean KL(policy || reference) in nats: two policies, two arrays (B, G) -> a scalar.
+
+    "exact" sums over the ten answers. "k3" (DeepSeekMath, equation 4) is an unbiased estimate from
+    answers of the policy itself, but its expected gradient is that of KL(reference || policy).
+    "k3_corrected", k3 times the ratio, has that of "exact" (arXiv 2512.02556, equation 7).
     """
     if estimator == "exact":
         return policy.kl_divergence(reference).mean()
     log_ratio = log_probs_of(reference, actions) - log_probs_of(policy, actions)
-    return (jnp.exp(log_ratio) - log_ratio - 1).mean()
+    k3 = jnp.exp(log_ratio) - log_ratio - 1
+    return (k3 * ratio if estimator == "k3_corrected" else k3).mean()
 
 
 class Networks(NamedTuple):
@@ -230,6 +273,7 @@ class Rollout(NamedTuple):
 
     images: jax.Array  # float32 (B, 784)
     actions: jax.Array  # int32 (B, G)
+    old_logits: jax.Array  # float32 (B, A), for TPO
     old_log_probs: jax.Array  # float32 (B, G)
     rewards: jax.Array  # float32 (B, G)
     advantages: jax.Array  # float32 (B, G)
@@ -252,31 +296,36 @@ def sample_rollout(state, images, labels, key, config):
     old_log_probs = log_probs_of(policy, actions)
     if config.dynamic_sampling:
         advantages = average_over_signals(advantages)
-    reference_logits = state.reference(images).logits if config.beta > 0 else None
-    return Rollout(images, actions, old_log_probs, rewards, advantages, reference_logits)
+    reference = state.reference(images).logits if config.beta > 0 else None
+    return Rollout(images, actions, policy.logits, old_log_probs, rewards, advantages, reference)
 
 
 def loss_fn(networks, rollout, config):
     """The loss of a minibatch, a scalar, and its metrics, scalars by name."""
     policy = networks.actor(rollout.images)
-    log_probs = log_probs_of(policy, rollout.actions)  # (B, G)
-    old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
+    actions, old_log_probs, advantages = rollout.actions, rollout.old_log_probs, rollout.advantages
+    log_probs = log_probs_of(policy, actions)  # (B, G)
+    ratio = jnp.exp(log_probs - old_log_probs)
     low, high = config.clip_epsilon, config.clip_epsilon_high or config.clip_epsilon
-    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, low, high)
+    if config.loss_type == "tpo":
+        loss = tpo_loss(policy, rollout.old_logits, actions, advantages)
+    else:
+        loss = LOSSES[config.loss_type](log_probs, old_log_probs, advantages, low, high)
     metrics = {"entropy": policy.entropy().mean()}
     if config.entropy_coef > 0:
         loss = loss - config.entropy_coef * metrics["entropy"]
     if config.beta > 0:
         reference = tfd.Categorical(logits=rollout.reference_logits)
-        metrics["kl"] = kl_to_reference(policy, reference, rollout.actions, config.kl_estimator)
+        metrics["kl"] = kl_to_reference(policy, reference, actions, ratio, config.kl_estimator)
         loss = loss + config.beta * metrics["kl"]
     if networks.critic is not None:  # Its loss: PPO, equation 9.
         loss = loss + ((networks.critic(rollout.images) - rollout.rewards) ** 2).mean()
-    ratio = jnp.exp(log_probs - old_log_probs)
-    metrics["loss"] = loss
-    metrics["ratio_max"] = ratio.max()
-    metrics["clip_ratio_low"] = ((ratio < 1 - low) & (advantages < 0)).mean()
-    metrics["clip_ratio_high"] = ((ratio > 1 + high) & (advantages > 0)).mean()
+    metrics |= {"loss": loss, "ratio_max": ratio.max()}
+    if config.loss_type == "ppo_clip":  # held only where the advantage pushes further
+        metrics["clip_ratio_low"] = ((ratio < 1 - low) & (advantages < 0)).mean()
+        metrics["clip_ratio_high"] = ((ratio > 1 + high) & (advantages > 0)).mean()
+    if config.loss_type == "cispo":
+        metrics["clip_ratio_high"] = (ratio > 1 + high).mean()
     return loss, metrics
 
 
@@ -337,19 +386,21 @@ class Config:
     num_epochs: int = 10  # Passes over the training images.
     batch_size: int = 1024  # B, images per step.
     num_generations: int | None = None  # G, answers to an image. None: 8 if compared, else 1.
-    num_iterations: int = 4  # K, rounds of the PPO-clip loss per batch (mu in the GRPO paper).
+    num_iterations: int = 4  # K, rounds of the loss per batch (mu in the GRPO paper).
     num_minibatches: int = 1  # Pieces that a round is cut into, with an Adam update each.
     learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
+    # What a round lowers: PPO's and GRPO's clipped surrogate, CISPO's, DG's or TPO's loss.
+    loss_type: Literal[*LOSSES] = "ppo_clip"
     clip_epsilon: float = 0.2  # PPO's epsilon: ratios are clipped at 1 - epsilon and 1 + epsilon.
     clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound. None: the same.
     # What is subtracted from a reward: the mean reward of the batch, of the image's own answers
     # (GRPO) or of its other answers (RLOO), a moving average, a critic's value (PPO), or nothing.
     baseline: Literal[*BASELINES] = "batch"
-    # What that is divided by: the standard deviation over the batch or the image (GRPO), or 1.
+    # What divides it: the deviation over the batch or the image (GRPO), 1, or the mean (MaxRL).
     scale_rewards: Literal[*SCALES] = "batch"
     beta: float = 0.0  # Weight of KL(policy || reference). The reference is the initial actor.
-    kl_estimator: Literal["exact", "k3"] = "exact"  # k3 estimates it from the sampled answers.
+    kl_estimator: Literal["exact", "k3", "k3_corrected"] = "exact"  # k3 estimates from samples.
     ref_sync_epochs: int = 0  # Make the current actor the reference every so many epochs. 0: never.
     entropy_coef: float = 0.0  # Weight of a bonus for the policy's entropy.
     dynamic_sampling: bool = False  # DAPO: average over the images whose answers carry a signal.
@@ -405,42 +456,40 @@ def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: Non
     state, history, earlier_seconds = restore(config.resume, facts, state)
     began -= earlier_seconds  # as if it had not been interrupted
     run_dir, lock = begin_run(config, dataset, facts, history)
-    first_process = jax.process_index() == 0  # It alone writes and prints.
     with lock:
         on_start(run_dir)
         announce(config, facts, dataset, state, history, run_dir)
         step = compile_step(config, dataset, state)
-        with Progress(transient=True, disable=not (first_process and os.isatty(1))) as progress:
+        with Progress(transient=True, disable=jax.process_index() > 0 or not os.isatty(1)) as bar:
             steps = len(dataset.train_images) // config.batch_size  # per epoch
-            bar = progress.add_task("Training", total=(config.num_epochs - len(history)) * steps)
+            task = bar.add_task("Training", total=(config.num_epochs - len(history)) * steps)
             for epoch in range(len(history) + 1, config.num_epochs + 1):
                 epoch_began, step_metrics = time.perf_counter(), []
                 for images, labels in batches(config, dataset, epoch):
                     state, metrics = step(state, images, labels)
                     step_metrics.append(metrics)
-                    progress.advance(bar)
+                    bar.advance(task)
                     jax.block_until_ready(step_metrics[-4:-3])  # Stay 3 steps ahead of the device.
                 history.append(end_epoch(config, dataset, state, epoch, epoch_began, step_metrics))
                 if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
                     state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
-                if first_process:
+                if jax.process_index() == 0:  # It alone writes and prints.
                     write_checkpoint(facts, state, history, time.perf_counter() - began, run_dir)
                     report_epoch(config, history, run_dir)
-        if first_process:
+        if jax.process_index() == 0:
             end_run(config, dataset, state, history, began, run_dir)
     return history
 
 
 def start_jax(config: Config) -> None:
     """Joins the processes of several hosts, if --coordinator-address asks for it; finds devices."""
-    address = None if config.coordinator_address == "auto" else config.coordinator_address
-    flags = address, config.num_processes, config.process_id
+    flags = {name: getattr(config, name) for name in HOST_FIELDS if getattr(config, name) != "auto"}
     try:
         if config.coordinator_address and not jax.distributed.is_initialized():
             print("Waiting for the other processes...", flush=True)
             join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
             with multiprocessing.pool.ThreadPool(1) as pool:
-                pool.apply_async(join, flags).get(timeout=120)  # JAX's own limit would abort.
+                pool.apply_async(join, (), flags).get(timeout=120)  # JAX's own limit would abort.
         jax.devices()
     except multiprocessing.TimeoutError as error:
         raise RunError("not all processes came in 2 minutes; start all of them anew") from error
@@ -500,10 +549,10 @@ def jit_for_seeds(function: Callable, num_seeds: int, **options) -> Callable:
     return jax.jit(for_seeds, out_shardings=shardings()[0], **options)
 
 
-def shardings() -> tuple[NamedSharding, NamedSharding]:
+def shardings() -> tuple[jax.NamedSharding, jax.NamedSharding]:
     """How arrays lie on all devices: replicated; or split along axis 1, the images."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(None, "data"))
 
 
 def batches(config: Config, dataset, epoch: int) -> Iterator[tuple]:
@@ -538,7 +587,8 @@ def end_epoch(config: Config, dataset, state, epoch, began, step_metrics) -> dic
             raise RunError(f"{where}; earlier checkpoints stay; try a smaller --learning-rate")
     images = len(step_metrics) * config.batch_size * config.num_seeds
     speed = {"seconds": seconds, "images_per_second": images / seconds}
-    return {"epoch": epoch, **speed, "kl": None, **over_seeds(metrics)}
+    absent = dict.fromkeys(("kl", "clip_ratio_low", "clip_ratio_high"))  # unless the run has them
+    return {"epoch": epoch, **speed, **absent, **over_seeds(metrics)}
 
 
 # --- Data -----------------------------------------------------------------------------------
@@ -586,15 +636,15 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
             remedy = f"remove it, or put {url} there (other data sets belong in manual/<dataset>)"
             raise RunError(f"{paths[url]} is {len(content):,} bytes, not {expected}; {remedy}")
     for url in sorted(paths.keys() - packed.keys()):
-        try:
-            packed[url] = download(url, infos[url].checksum)
-        except DataUnavailable as error:
+        content, answer = download(url)
+        if hashlib.sha256(content).hexdigest() != infos[url].checksum:
             files = ", ".join(infos[each].filename for each in paths if each not in packed)
             source, target = os.path.dirname(url), downloads / "manual" / name
             remedy = f"connect to the network, or fetch {files} from {source}/ into {target}"
-            raise DataUnavailable(f"{name} cannot be had: {error}; {remedy}") from error
+            raise DataUnavailable(f"{name} cannot be had: {answer}; {remedy}")
         paths[url].parent.mkdir(parents=True, exist_ok=True)
-        write_file(paths[url], packed[url], f".{os.urandom(8).hex()}.tmp")  # Two may fetch it.
+        write_file(paths[url], content, f".{os.urandom(8).hex()}.tmp")  # Two may fetch it.
+        packed[url] = content
     # In the IDX format, 16 bytes come before the pixels, and 8 before the labels.
     contents = [np.frombuffer(gzip.decompress(packed[url]), np.uint8) for url in paths]
     test_images, train_images = (pixels[16:].reshape(-1, 784) for pixels in contents[::2])
@@ -602,33 +652,29 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
     return Dataset(name, train_images, train_labels, test_images, test_labels)
 
 
-def download(url: str, sha256: str) -> bytes:
-    """Fetches a file; DataUnavailable if it is not the one with that SHA-256."""
+def download(url: str) -> tuple[bytes, str]:
+    """Fetches a file: its bytes, none without an answer; and what to say if they are wrong."""
     try:  # In threads: looking up a name has no time limit, and those of requests are per read.
         with multiprocessing.pool.ThreadPool(2) as pool:
             asking = pool.apply_async(requests.get, (url,), {"stream": True, "timeout": 3})
             response = asking.get(timeout=7)
             content = pool.apply_async(lambda: response.content).get(timeout=300)
-    except (OSError, multiprocessing.TimeoutError) as error:  # Those of requests are OSErrors.
-        raise DataUnavailable(f"no answer from {url} ({type(error).__name__})") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
         answer = f"HTTP status {response.status_code} and {len(content):,} other bytes"
-        raise DataUnavailable(f"{answer} from {url}")
-    return content
+        return content, f"{answer} from {url}"
+    except (OSError, multiprocessing.TimeoutError) as error:  # Those of requests are OSErrors.
+        return b"", f"no answer from {url} ({type(error).__name__})"
 
 
 def load_digits() -> Dataset:
     """scikit-learn's 1,797 digits of 8x8 pixels, enlarged to 24x24; the last 360 are for tests."""
     from sklearn import datasets
 
-    images, labels = datasets.load_digits(return_X_y=True)
-    images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3)))
-    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
-    labels = labels.astype(np.int32)
-    shifts = itertools.product(range(-2, 3), repeat=2)  # The training images come in all 25.
-    shifted = np.stack([np.roll(images[:-360], shift, axis=(1, 2)) for shift in shifts])
-    train = shifted.reshape(-1, 784), np.tile(labels[:-360], 25)
-    return Dataset("digits", *train, images[-360:].reshape(-1, 784), labels[-360:])
+    images, labels = (x.astype(np.int32) for x in datasets.load_digits(return_X_y=True))
+    images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((3, 3))).astype(np.uint8)
+    margins = [((0, 0), (top, 4 - top), (left, 4 - left)) for top, left in np.ndindex(5, 5)]
+    shifted = np.stack([np.pad(images, margin).reshape(-1, 784) for margin in margins])
+    train = shifted[:, :-360].reshape(-1, 784), np.tile(labels[:-360], 25)  # in all 25 places
+    return Dataset("digits", *train, shifted[12, -360:], labels[-360:])  # in the middle
 
 
 # --- Run directory and checkpoints ----------------------------------------------------------
@@ -676,9 +722,8 @@ def load_config(run_dir: Path) -> Config:
         if not (newest := newest_checkpoint(Path(run_dir))):
             raise UsageError(f"{run_dir} is not the directory of a run; name another") from error
         facts = newest[1]["facts"]
-    fields = {name: facts[name] for name in Config.__dataclass_fields__ if name in facts}
-    fields |= dict.fromkeys(HOST_FIELDS) | {"output_dir": run_dir, "resume": run_dir}
-    return Config(**fields)
+    facts |= dict.fromkeys(HOST_FIELDS) | {"output_dir": run_dir, "resume": run_dir}
+    return Config(**{name: facts[name] for name in Config.__dataclass_fields__ if name in facts})
 
 
 def write_checkpoint(facts: dict, state: TrainState, history: list, seconds, run_dir: Path) -> None:
@@ -707,7 +752,6 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict, dict] | None:
         say(f"NOTICE: {path} does not match its SHA-256; it is damaged and not used.")
     if paths or (run_dir / "metrics.jsonl").exists():
         raise RunError(f"{run_dir}/checkpoints: no whole checkpoint; put one back, or start anew")
-    return None
 
 
 def restore(run_dir: Path | None, facts: dict, fresh: TrainState) -> tuple[TrainState, list, float]:
@@ -828,8 +872,7 @@ def percent(figures: dict, name: str) -> str:
 
 def report_epoch(config: Config, history: list[dict], run_dir: Path) -> None:
     """Brings metrics.jsonl up to date and prints the last epoch's line."""
-    lines = [json.dumps(record) + "\n" for record in history]
-    write_file(run_dir / "metrics.jsonl", "".join(lines).encode())
+    write_file(run_dir / "metrics.jsonl", ("\n".join(map(json.dumps, history)) + "\n").encode())
     last = history[-1]
     differs = abs(last["reward"] - last["accuracy"]) > 1e-6
     reward = f", reward {last['reward']:.4f}" if differs else ""
@@ -845,13 +888,12 @@ def end_run(config: Config, dataset, state, history: list, began, run_dir: Path)
     names = ("accuracy", "reward", "test_accuracy", "interval_95", "by_seed")
     summary = {name: history[-1][name] for name in names if name in history[-1]}
     summary |= {"dataset": dataset.name, "num_epochs": config.num_epochs}
-    # For one seed, in float32: weights, gradients, Adam's two moments; the reference's weights.
-    numbers = 4 * optax.tree.size(state.networks) + optax.tree.size(state.reference)
-    summary["training_state_bytes"] = 4 * numbers // config.num_seeds
     arrays = jax.tree.leaves(actor)
     sets = (arrays, *zip(*arrays, strict=True))  # All seeds together, then each of them.
     hashes = [hashlib.sha256(b"".join(x.tobytes() for x in each)).hexdigest() for each in sets]
-    summary["params_sha256"] = hashes[0]
+    # For one seed, in float32: weights, gradients, Adam's two moments; the reference's weights.
+    numbers = 4 * optax.tree.size(state.networks) + optax.tree.size(state.reference)
+    summary |= {"training_state_bytes": 4 * numbers // config.num_seeds, "params_sha256": hashes[0]}
     if config.num_seeds > 1:
         summary["by_seed"] = summary["by_seed"] | {"params_sha256": hashes[1:]}
     summary["seconds"] = time.perf_counter() - began
@@ -870,16 +912,15 @@ def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: P
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     axes = left.subplots()
-    labels = {"accuracy": "training, sampled answers", "test_accuracy": "test, likeliest answer"}
-    for (name, label), style in zip(labels.items(), ("o-", "s--"), strict=True):
+    for name, style in (("accuracy", "o-"), ("test_accuracy", "s--")):
         means = [100 * record[name] for record in history]
         margins = [100 * x["interval_95"][name] for x in history if "interval_95" in x] or None
-        axes.errorbar(range(1, len(history) + 1), means, margins, fmt=style, label=label)
+        axes.errorbar(range(1, len(history) + 1), means, margins, fmt=style)
     intervals = f", 95% intervals of {config.num_seeds} seeds" if config.num_seeds > 1 else ""
     axes.set(xlabel="epoch", ylabel=f"accuracy (%){intervals}", title=f"GRPO on {dataset.name}")
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(("training, sampled answers", "test, likeliest answer"), loc="lower right")
     answers, confidences = (np.asarray(x)[0] for x in predict(actor, dataset.test_images))
     wrong = sorted(np.flatnonzero(answers != dataset.test_labels), key=lambda i: -confidences[i])
     right.suptitle(f"Seed {config.seed}: {len(wrong)} of {len(answers)} test images wrong; some:")
@@ -946,24 +987,23 @@ def parse_flags(argv: list[str] | None) -> Config:
     finder.add_argument("--resume", nargs="?", type=os.path.expanduser)
     run_dir = finder.parse_known_args(argv)[0].resume
     defaults = {"default": load_config(run_dir)} if run_dir else {}
-    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(io.StringIO()) as box:
             return tyro.cli(Config, args=argv, description=__doc__.splitlines()[0], **defaults)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
     # tyro explains a mistake in a box, of which the first sentence is kept.
-    lines = (line.strip("| \u2502") for line in box.getvalue().splitlines()[1:])
-    sentence = " ".join(itertools.takewhile(lambda line: line.strip("-\u2500"), lines))
+    text = " ".join(line.strip("| \u2502") for line in box.getvalue().splitlines()[1:])
+    sentence = text.replace("\u2500", "-").partition(" ----------")[0]
     raise UsageError(sentence.removeprefix("Error parsing Config: ") + " (see --help)")
 
 
 def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
     """Yields (field, whether the rule holds, what the value must be)."""
-    for name in ("dataset", "lr_schedule", "baseline", "scale_rewards", "kl_estimator"):
-        choices = get_args(Config.__dataclass_fields__[name].type)
-        yield name, getattr(c, name) in choices, f"one of {choices}"
+    for name, kind in Config.__annotations__.items():
+        if get_origin(kind) is Literal:
+            yield name, getattr(c, name) in get_args(kind), f"one of {get_args(kind)}"
     counts = ("num_epochs", "batch_size", "num_generations", "num_iterations", "num_minibatches")
     for name in (*counts, "num_seeds"):
         yield name, 1 <= getattr(c, name) < 2**31, "1 or more, and below 2**31"
@@ -981,6 +1021,17 @@ def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
     yield "num_generations", several or not c.compares_answers, f"2 or more {where}"
     yield "dynamic_sampling", c.compares_answers or not c.dynamic_sampling, f"on only {where}"
     yield "clip_epsilon", 0 < c.clip_epsilon < 1, "above 0 and below 1"
+    tpo, loss = c.loss_type == "tpo", f"with --loss-type {c.loss_type}"
+    divides = c.scale_rewards == "mean" and c.baseline not in ("group", "none")
+    yield "baseline", not divides, "group or none with --scale-rewards mean"
+    yield "baseline", not tpo or c.baseline != "none", f"another {loss}"
+    yield "loss_type", not tpo or not c.compares_answers, f"another {where}"
+    yield "num_generations", not tpo or c.num_generations == 1, f"1 {loss}"
+    yield "dynamic_sampling", c.loss_type != "dg" or not c.dynamic_sampling, f"off {loss}"
+    yield "clip_epsilon", c.loss_type == "ppo_clip" or c.clip_epsilon == 0.2, f"left out {loss}"
+    bounded, given = c.loss_type in ("ppo_clip", "cispo"), c.clip_epsilon_high is not None
+    yield "clip_epsilon_high", bounded or not given, f"left out {loss}"
+    yield "clip_epsilon_high", given or c.loss_type != "cispo", f"given {loss}"
     for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
         yield name, c.beta > 0 or getattr(c, name) == unused, f"{unused} while --beta is 0"
     yield "data_dir", not c.data_dir.is_file(), "a directory"
@@ -995,6 +1046,5 @@ def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
 if __name__ == "__main__":
     end_at_signals()
     status = main(on_start=end_at_signals)
-    if status and jax.distributed.is_initialized():
-        os._exit(status)  # sys.exit would wait for the other processes.
-    sys.exit(status)
+    leave = os._exit if status and jax.distributed.is_initialized() else sys.exit
+    leave(status)  # sys.exit would wait for the other processes.

@@ -150,7 +150,7 @@ def main():
     same = there.get("versions") == library_versions()
     kept = {row["command"]: row for row in there["rows"] if same}
     dataset = grpo_mnist.load_dataset("mnist", options.data_dir)
-    original = {"learning_rate": 1e-4, "lr_schedule": "constant"}
+    original = {"learning_rate": 1e-4, "lr_schedule": "constant", "num_seeds": NUM_SEEDS}
     labels = supervise("labels, the exercise's original values", original, dataset)
     rows = {}
     for name, flags in RUNS.items():

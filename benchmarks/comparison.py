@@ -1,19 +1,19 @@
-"""The algorithms side by side on MNIST, five seeds each, beside what the labels themselves give.
+"""The algorithms side by side on MNIST, beside what the labels themselves give.
 
     python benchmarks/comparison.py --data-dir DIR
-    python benchmarks/comparison.py --draw           only draws the figures anew
+    python benchmarks/comparison.py --data-dir DIR --go-on    keeps the rows that are there
+    python benchmarks/comparison.py --draw                    only draws the figures anew
 
-DIR is as for grpo_mnist.py. A row is one command of the program, with --num-seeds 5 added. The
-algorithms have the program's defaults, but for what their names say: no setting was tuned for any
-of them. The strong setting and the one for equal feedback were chosen by tuning.py, without the
-test images. Writes results/comparison.json, and the figures algorithms.png and strong.png.
+DIR is as for grpo_mnist.py. A row is one command of the program, with --num-seeds 5 added, and 10
+for the two settings that tuning.py chose without the test images. The algorithms have the program's
+defaults, but for what their names say: no setting was tuned for any of them. Differences are paired
+by seed. Writes results/comparison.json, and the figures algorithms.png and strong.png.
 """
 
 import dataclasses
 import json
 import shlex
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from common import (
     command_of,
     finished_run,
     grpo_mnist,
+    library_versions,
     parse_options,
     run_epoch,
     spread,
@@ -31,13 +32,15 @@ from common import (
     write_results,
 )
 
-NUM_SEEDS = 5
+PATH = RESULTS / "comparison.json"
+NUM_SEEDS, MANY_SEEDS = 5, 10
 TIMED_EPOCHS = 7
 PER_IMAGE = "--baseline group --num-generations 8"
+DEFAULTS = "batch-mean GRPO"
 ALGORITHMS = {
     "REINFORCE, K = 1": "--baseline none --scale-rewards none --num-iterations 1",
     "REINFORCE, batch baseline, K = 1": "--scale-rewards none --num-iterations 1",
-    "batch-mean GRPO": "",
+    DEFAULTS: "",
     "moving average": "--baseline ema",
     "PPO with critic": "--baseline critic",
     "batch-mean GRPO, G = 8": "--num-generations 8",
@@ -45,23 +48,32 @@ ALGORITHMS = {
     "RLOO, G = 8": "--baseline loo --scale-rewards none --num-generations 8",
     "Dr. GRPO, G = 8": f"{PER_IMAGE} --scale-rewards none",
     "DAPO, G = 8": f"{PER_IMAGE} --scale-rewards group --clip-epsilon-high 0.28 --dynamic-sampling",
+    "MaxRL, G = 8": f"{PER_IMAGE} --scale-rewards mean",
+    "MaxRL, no baseline, G = 8": "--baseline none --num-generations 8 --scale-rewards mean",
+    "CISPO": "--loss-type cispo --clip-epsilon-high 4",
+    "DG, K = 1": "--loss-type dg --num-iterations 1",
+    "DG, K = 4": "--loss-type dg",
+    "TPO": "--loss-type tpo",
+    "KL penalty, exact": "--beta 0.1",
+    "KL penalty, k3": "--beta 0.1 --kl-estimator k3",
+    "KL penalty, k3_corrected": "--beta 0.1 --kl-estimator k3_corrected",
 }
-EQUAL_FEEDBACK = "--num-epochs 16 --num-iterations 16 --batch-size 500 --learning-rate 1e-3"
-STRONG = (
-    "--num-generations 64 --num-minibatches 4 --learning-rate 1.5e-3 --scale-rewards none"
-    " --entropy-coef 0.1"
-)
+TUNED = {  # by tuning.py
+    "strong setting": "",
+    "equal feedback": "",
+}
 MANY_ANSWERS = "--num-generations 64"
 SUPERVISED = {
-    "labels, batch 1024": {},
-    "labels, batch 64": {"batch_size": 64, "learning_rate": 2e-3},
+    "labels, batch 1024": {"num_seeds": NUM_SEEDS},
+    "labels, batch 64": {"batch_size": 64, "learning_rate": 2e-3, "num_seeds": NUM_SEEDS},
+    "labels, tuned": {"num_seeds": MANY_SEEDS},  # by tuning.py
 }
 
 
-def run(name, flags, data_dir):
-    """A row: one command, five seeds, its final figures and its curves."""
+def run(name, flags, num_seeds, data_dir):
+    """A row: one command, its final figures and its curves."""
     config = grpo_mnist.parse_flags(shlex.split(flags))
-    with finished_run(flags, data_dir, NUM_SEEDS) as (run_dir, history):
+    with finished_run(flags, data_dir, num_seeds) as (run_dir, history):
         summary = json.loads((run_dir / "summary.json").read_text())
     steps = 60_000 // config.batch_size
     row = {
@@ -91,27 +103,39 @@ def curves(name, history):
     return figures
 
 
-def supervise(name, changes, dataset):
-    """The same network, Adam and schedule, taught the labels by cross-entropy, once per batch.
+def supervise(name, settings, dataset):
+    """A row: what the labels themselves teach, see teach."""
+    return {"name": name} | settings | curves(name, teach(settings, dataset))
 
-    accuracy is the probability that an answer sampled from the policy would have been right.
+
+def teach(settings, dataset):
+    """The same network taught the labels by cross-entropy, once per batch: metrics by epoch.
+
+    settings are fields of Config, num_seeds among them, label_smoothing, and weight_decay, as in
+    AdamW. accuracy is the probability that an answer sampled from the policy would be right.
     """
-    config = grpo_mnist.Config(num_iterations=1, num_seeds=NUM_SEEDS, **changes)
+    settings = dict(settings)
+    smoothing, decay = settings.pop("label_smoothing", 0.0), settings.pop("weight_decay", 0.0)
+    config = grpo_mnist.Config(num_iterations=1, **settings)
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
-    optimizer = grpo_mnist.create_optimizer(config, num_steps)
+    cosine = optax.cosine_decay_schedule(config.learning_rate, num_steps)
+    learning_rate = cosine if config.lr_schedule == "cosine" else config.learning_rate
+    optimizer = optax.adamw(learning_rate, weight_decay=decay)
     actor = grpo_mnist.create_state(config).networks.actor
 
     def loss_fn(actor, images, labels):
-        log_probs = actor(images.astype(jnp.float32) / 255).log_prob(labels)
-        return -log_probs.mean(), jnp.exp(log_probs).mean()
+        policy = actor(images.astype(jnp.float32) / 255)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), smoothing)
+        loss = optax.softmax_cross_entropy(policy.logits, targets).mean()
+        loss = loss - config.entropy_coef * policy.entropy().mean()
+        return loss, jnp.exp(policy.log_prob(labels)).mean()
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    @jax.vmap
     def step(actor, adam, images, labels):
         gradients, accuracy = jax.grad(loss_fn, has_aux=True)(actor, images, labels)
-        updates, adam = optimizer.update(gradients, adam)
+        updates, adam = optimizer.update(gradients, adam, actor)
         return optax.apply_updates(actor, updates), adam, accuracy
 
+    step = grpo_mnist.jit_for_seeds(step, config.num_seeds, donate_argnums=(0, 1))
     adam = jax.vmap(optimizer.init)(actor)
     history = []
     for epoch in range(1, config.num_epochs + 1):
@@ -125,8 +149,7 @@ def supervise(name, changes, dataset):
             "test_accuracy": np.mean(np.asarray(answers) == dataset.test_labels, axis=1),
         }
         history.append(grpo_mnist.over_seeds(by_seed))
-    settings = {"batch_size": config.batch_size, "learning_rate": config.learning_rate}
-    return {"name": name} | settings | curves(name, history)
+    return history
 
 
 def time_epochs(commands, dataset):
@@ -153,8 +176,8 @@ def draw(results):
     """The figures, readable on a light and on a dark page: they bring their own white ground."""
     from matplotlib.figure import Figure
 
-    rows = {row["name"]: row for row in results["algorithms"]}
-    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    rows = {row["name"]: row for row in results["rows"]}
+    figure = Figure(figsize=(11, 6.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     by_epoch = [
         figures["by_seed"] for figures in rows["REINFORCE, K = 1"]["test_accuracy_by_epoch"]
@@ -165,7 +188,7 @@ def draw(results):
         draw_curve(left, rows[name], "test_accuracy_by_epoch", "o-")
     left.set(title="test images: mean and 95% interval, n = 5")
     finish_curves(left)
-    names = list(reversed(rows))
+    names = list(reversed(ALGORITHMS))
     for metric, color, marker, shift, label in (
         ("accuracy", "C0", "o", 0.15, "training images, sampled answer"),
         ("test_accuracy", "C1", "s", -0.15, "test images, likeliest answer"),
@@ -185,8 +208,9 @@ def draw(results):
                     va="center",
                     size=8,
                 )
-    labels = 100 * results["supervised"][1]["test_accuracy"]["mean"]
-    right.axvline(labels, color="black", lw=1, ls=":", label="labels, batch 64, test images")
+    labels = results["supervised"][-1]
+    mean = 100 * labels["test_accuracy"]["mean"]
+    right.axvline(mean, color="black", lw=1, ls=":", label="labels, tuned, test images")
     right.set_yticks(range(len(names)), names)
     right.set(xlim=(96.8, 99), ylim=(-0.6, len(names) + 1.4), xlabel="accuracy (%)")
     right.set(title="after 10 epochs: mean and 95% interval, n = 5")
@@ -197,23 +221,14 @@ def draw(results):
 
     figure = Figure(figsize=(6.5, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    draw_curve(
-        axes, results["strong"], "test_accuracy_by_epoch", "s-", "strong setting, test images"
-    )
-    draw_curve(
-        axes, results["strong"], "accuracy_by_epoch", "o-", "strong setting, sampled answers"
-    )
-    defaults = rows["batch-mean GRPO"]
-    draw_curve(axes, defaults, "test_accuracy_by_epoch", "s--", "defaults, test images")
-    draw_curve(axes, defaults, "accuracy_by_epoch", "o--", "defaults, sampled answers")
-    draw_curve(
-        axes,
-        results["supervised"][1],
-        "test_accuracy_by_epoch",
-        ":",
-        "labels, batch 64, test images",
-    )
-    axes.set(ylim=(82, 100), title="mean and 95% interval, n = 5 seeds")
+    for row, name, line in (
+        (rows["strong setting"], "strong setting", "-"),
+        (rows[DEFAULTS], "defaults", "--"),
+    ):
+        draw_curve(axes, row, "test_accuracy_by_epoch", f"s{line}", f"{name}, test images")
+        draw_curve(axes, row, "accuracy_by_epoch", f"o{line}", f"{name}, sampled answers")
+    draw_curve(axes, labels, "test_accuracy_by_epoch", ":", "labels, tuned, test images")
+    axes.set(ylim=(82, 100), title="mean and 95% interval; n = 5 (defaults) and 10 seeds")
     finish_curves(axes)
     figure.savefig(RESULTS / "strong.png")
     print("drawn: algorithms.png, strong.png")
@@ -234,28 +249,50 @@ def finish_curves(axes):
     axes.legend(fontsize=8, loc="lower right")
 
 
+def differences(row, other):
+    """The test accuracy of a row minus another's, seed by seed, with mean and interval."""
+    pairs = zip(row["test_accuracy"]["by_seed"], other["test_accuracy"]["by_seed"], strict=True)
+    by_seed = np.array([one - two for one, two in pairs])
+    figures = grpo_mnist.over_seeds({"accuracy": by_seed})
+    interval = figures["interval_95"]["accuracy"]
+    return {"mean": figures["accuracy"], "interval_95": interval, "by_seed": by_seed.tolist()}
+
+
 def main():
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, "--go-on")
+    there = json.loads(PATH.read_text()) if options.draw or options.go_on else {}
     if options.draw:
-        draw(json.loads((RESULTS / "comparison.json").read_text()))
+        draw(there)
         return
     dataset = grpo_mnist.load_dataset("mnist", options.data_dir)
-    seconds = time_epochs([*ALGORITHMS.values(), MANY_ANSWERS, STRONG, EQUAL_FEEDBACK], dataset)
+    same = there.get("versions") == library_versions()
+    kept = {row["name"]: row for row in there.get("rows", ()) if same}
+    rows = {}
+
+    def add(name, flags, num_seeds):
+        row = kept.get(name, {})
+        if row.get("command") != command_of(flags):
+            row = run(name, flags, num_seeds, options.data_dir)
+        rows[name] = row
+        write_results("comparison", {"rows": list(rows.values())})  # an hour's work is not lost
+
+    for name, flags in ALGORITHMS.items():
+        add(name, flags, NUM_SEEDS)
+        rows[name]["difference"] = differences(rows[name], rows[DEFAULTS])
+    for name, flags in TUNED.items():
+        add(name, flags, MANY_SEEDS)
+    supervised = [supervise(*item, dataset) for item in SUPERVISED.items()]
+    seconds = time_epochs([*ALGORITHMS.values(), MANY_ANSWERS, *TUNED.values()], dataset)
     ratios = [many / one for many, one in zip(seconds[MANY_ANSWERS], seconds[""], strict=True)]
+    for name, flags in (ALGORITHMS | TUNED).items():
+        rows[name]["epoch_seconds"] = spread(seconds[flags])
     results = {
-        "num_seeds": NUM_SEEDS,
         "epoch_seconds_64_answers": spread(seconds[MANY_ANSWERS]),
         "ratio_64_answers_to_1": spread(ratios),
+        "supervised": supervised,
+        "strong_minus_labels": differences(rows["strong setting"], supervised[-1]),
+        "rows": list(rows.values()),
     }
-    print(results, flush=True)
-    results["supervised"] = [supervise(*item, dataset) for item in SUPERVISED.items()]
-
-    def measure(name, flags):
-        return run(name, flags, options.data_dir) | {"epoch_seconds": spread(seconds[flags])}
-
-    results["algorithms"] = [measure(*item) for item in ALGORITHMS.items()]
-    results["strong"] = measure("strong setting", STRONG)
-    results["equal_feedback"] = measure("equal feedback", EQUAL_FEEDBACK)
     write_results("comparison", results)
     draw(results)
 

@@ -12,15 +12,26 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.stats import chi2
+from scipy.stats import binom, chi2
 from tensorflow_probability.substrates.jax import distributions as tfd
 
 import grpo_mnist
-from grpo_mnist import Actor, Config, Critic, calculate_rewards, group_advantages, ppo_clip_loss
+from grpo_mnist import (
+    Actor,
+    Config,
+    Critic,
+    calculate_rewards,
+    cispo_loss,
+    dg_loss,
+    group_advantages,
+    ppo_clip_loss,
+    tpo_loss,
+)
 
 BASELINES = ("batch", "group", "loo", "ema", "critic", "none")
-SCALES = ("batch", "group", "none")
+SCALES = ("batch", "group", "none", "mean")
 SHAPES = st.sampled_from([(1, 1), (1, 8), (5, 7), (300, 1)])  # each is compiled once
+BY_ANSWER = (ppo_clip_loss, cispo_loss, dg_loss)  # the losses that are a mean over the answers
 REWARDS = SHAPES.flatmap(
     lambda shape: hnp.arrays(np.float32, shape, elements=st.floats(-100, 100, width=32))
 )
@@ -37,9 +48,19 @@ def test_no_array_is_broadcast_by_accident(baseline):
                 rewards, baseline=baseline, scale_rewards=scale_rewards, expected_rewards=expected
             )
             assert advantages.shape == (3, 4)
-        loss = ppo_clip_loss(advantages, rewards, advantages, 0.2, 0.2)
         weighted = grpo_mnist.average_over_signals(advantages)
-    assert (rewards.shape, weighted.shape, loss.shape) == ((3, 4), (3, 4), ())
+        policy = tfd.Categorical(logits=jnp.zeros((3, 10)))
+        actions = jnp.zeros((3, 4), int)
+        losses = [
+            *(loss(advantages, rewards, advantages, 0.2, 0.2) for loss in BY_ANSWER),
+            tpo_loss(policy, policy.logits, actions[:, :1], advantages[:, :1]),
+            *(
+                grpo_mnist.kl_to_reference(policy, policy, actions, rewards, estimator)
+                for estimator in ("exact", "k3", "k3_corrected")
+            ),
+        ]
+    assert (rewards.shape, weighted.shape) == ((3, 4), (3, 4))
+    assert {loss.shape for loss in losses} == {()}
 
 
 # --- Rewards ---
@@ -104,6 +125,9 @@ def test_advantages_of_real_rewards_by_hand(baseline):
         ("loo", "group", [[-1.8371, 0, 1.8371], [0, 0, 0]]),
         ("batch", "group", [[-2.4495, -1.2247, 0], [0, 0, 0]]),
         ("critic", "batch", [[-0.8660, 0, 0.8660], [-0.8660, -0.8660, -0.8660]]),
+        ("group", "mean", [[-1, 0, 1], [0, 0, 0]]),
+        ("none", "mean", [[0, 1, 2], [1, 1, 1]]),
+        ("critic", "mean", [[-1, 0, 1], [-0.3333, -0.3333, -0.3333]]),
     ],
 )
 def test_every_baseline_by_hand(baseline, scale_rewards, expected):
@@ -115,6 +139,50 @@ def test_every_baseline_by_hand(baseline, scale_rewards, expected):
         expected_rewards=expected_rewards,
     )
     np.testing.assert_allclose(advantages, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "with_group", "with_none"),
+    [
+        ([1, 0, 0, 0], [3, -1, -1, -1], [4, 0, 0, 0]),
+        ([1, 1, 1, 0], [0.3333, 0.3333, 0.3333, -1], [1.3333, 1.3333, 1.3333, 0]),
+        ([1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]),
+        ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]),
+        ([5, -1, 0, 0], [4, -2, -1, -1], [5, -1, 0, 0]),
+        ([1, -1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]),  # the mean is 0
+        ([1, -3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]),  # the mean is below 0
+    ],
+)
+def test_maxrl_by_hand(rewards, with_group, with_none):
+    """Beside an image of other rewards, which are none of its concern."""
+    for baseline, expected in (("group", with_group), ("none", with_none)):
+        advantages = group_advantages(
+            [rewards, [0, 9, 9, 9]], baseline=baseline, scale_rewards="mean"
+        )
+        np.testing.assert_allclose(advantages[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_answers", [2, 8, 64])
+@pytest.mark.parametrize(("baseline", "power"), [("group", -1), ("none", 0)])
+def test_the_expected_gradient_of_maxrl(num_answers, baseline, power):
+    """E[sum of A grad log pi] / G = weight grad p, where p is the probability of the right answer.
+
+    k of G answers are right with a binomial probability. The mean of grad log pi is grad p / p over
+    the right answers and -grad p / (1 - p) over the wrong ones. The weights are (1 - (1 - p)^G) / p
+    without a baseline, with G - 1 for G with one, and tend to the likelihood's.
+    """
+    right = np.arange(num_answers + 1)  # k
+    rewards = np.arange(num_answers) < right[:, None]
+    advantages = group_advantages(rewards, baseline=baseline, scale_rewards="mean")
+    of_right, of_wrong = np.asarray(advantages)[:, [0, -1]].T
+    for p in (0.01, 0.1, 0.5, 0.9, 0.99):
+        by_p = (right * of_right / p - (num_answers - right) * of_wrong / (1 - p)) / num_answers
+        weight = binom.pmf(right, num_answers, p) @ by_p
+        np.testing.assert_allclose(weight, (1 - (1 - p) ** (num_answers + power)) / p, rtol=1e-5)
+        if num_answers == 2 and baseline == "group":
+            assert weight == pytest.approx(1)  # as REINFORCE
+        if num_answers == 64 and p >= 0.1:
+            assert weight == pytest.approx(1 / p, rel=2e-3)  # as with the labels: grad log p
 
 
 def advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards=None):
@@ -131,6 +199,8 @@ def advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards=None):
     advantages = np.zeros(np.shape(rewards))
     for image, answer in np.ndindex(advantages.shape):
         own = rows[image]
+        if scale_rewards == "mean" and mean(own) <= 0:
+            continue  # MaxRL: nothing right, nothing to learn
         group = own if {baseline, scale_rewards} & {"group", "loo"} else batch
         if len(set(group)) == 1 and {baseline, scale_rewards} & {"batch", "group", "loo"}:
             continue  # nothing to compare: 0
@@ -145,7 +215,9 @@ def advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards=None):
             advantage -= mean(own[:answer] + own[answer + 1 :])
         elif baseline in ("ema", "critic"):
             advantage -= np.broadcast_to(expected_rewards, (len(rows), 1))[image, 0]
-        if scale_rewards != "none":
+        if scale_rewards == "mean":
+            advantage /= mean(own)
+        elif scale_rewards != "none":
             advantage /= deviation(batch if scale_rewards == "batch" else own) + 1e-8
         advantages[image, answer] = advantage
     return advantages
@@ -156,7 +228,8 @@ def advantages_by_loop(rewards, baseline, scale_rewards, expected_rewards=None):
 @given(rewards=REWARDS, expected_reward=st.floats(-10, 10, width=32))
 @settings(max_examples=25)
 def test_advantages_against_a_loop(baseline, scale_rewards, rewards, expected_reward):
-    rewards = np.round(rewards, 2)  # no deviations below what float32 can tell from 0
+    # No deviations below what float32 can tell from 0, and no means.
+    rewards = np.round(rewards, 0 if scale_rewards == "mean" else 2)
     expected_rewards = np.float32(expected_reward)
     if baseline == "critic":
         expected_rewards = expected_rewards + np.arange(len(rewards), dtype=np.float32)[:, None]
@@ -180,7 +253,16 @@ def test_equal_rewards_give_exactly_zero(baseline, scale_rewards, reward, shape)
     assert not np.any(group_advantages(rewards, baseline=baseline, scale_rewards=scale_rewards))
 
 
-@pytest.mark.parametrize("names", [("group", "group"), ("loo", "none"), ("batch", "group")])
+@given(reward=st.integers(-(10**6), 10**6), shape=SHAPES)
+def test_equal_rewards_divided_by_their_mean_are_1_or_0(reward, shape):
+    rewards = np.full(shape, reward, np.float32)
+    advantages = group_advantages(rewards, baseline="none", scale_rewards="mean")
+    np.testing.assert_allclose(advantages, float(reward > 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "names", [("group", "group"), ("loo", "none"), ("batch", "group"), ("group", "mean")]
+)
 @given(rewards=hnp.arrays(np.float32, (5, 7), elements=st.floats(-100, 100, width=32)))
 @settings(max_examples=25)
 def test_an_image_of_equal_rewards_gets_exactly_zero_beside_others(names, rewards):
@@ -262,8 +344,9 @@ def test_rewards_of_another_shape_are_refused(rewards):
         group_advantages(rewards, baseline="batch", scale_rewards="batch")
 
 
-def test_rewards_that_are_not_numbers_do_not_pass_for_equal():
-    advantages = group_advantages([[jnp.nan, 1.0]], baseline="batch", scale_rewards="batch")
+@pytest.mark.parametrize("names", [("batch", "batch"), ("group", "mean"), ("none", "mean")])
+def test_rewards_that_are_not_numbers_do_not_pass_for_equal(names):
+    advantages = group_advantages([[jnp.nan, 1.0]], baseline=names[0], scale_rewards=names[1])
     assert np.isnan(advantages).all()
 
 
@@ -296,16 +379,135 @@ def test_clipping_by_hand(ratio, advantage, surrogate, slope):
     np.testing.assert_allclose([value, gradient], [-surrogate, -slope], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("loss", "log_prob", "ratio", "advantage", "value", "slope"),
+    # slope: of the loss, by log pi. The bound is 1.3; log 0.5 = -0.6931.
+    [
+        (cispo_loss, 0.5, 1.1, 2.0, 1.5249, -2.2),
+        (cispo_loss, 0.5, 1.5, 2.0, 1.8022, -2.6),  # held at 1.3 times, and not at 0
+        (cispo_loss, 0.5, 1.5, -2.0, -1.8022, 2.6),  # whatever the sign
+        (cispo_loss, 0.5, 0.5, 2.0, 0.6931, -1.0),
+        (cispo_loss, 0.5, 0.5, -2.0, -0.6931, 1.0),  # without a lower bound
+        (dg_loss, 0.5, 1.0, 1.0, 0.4621, -0.6667),  # the gate is 1 / (1 + 0.5^1) = 2 / 3
+        (dg_loss, 0.5, 1.0, -1.0, -0.2310, 0.3333),  # 1 / (1 + 0.5^-1)
+        (dg_loss, 0.01, 1.0, 1.0, 4.5596, -0.9901),  # improbable and good: in full
+        (dg_loss, 0.01, 1.0, -1.0, -0.0456, 0.0099),  # improbable and bad: hardly
+        (dg_loss, 0.5, 9.0, 2.0, 1.1090, -1.6),  # 1 / (1 + 0.5^2); no ratio comes in
+        (dg_loss, 0.5, 1.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_other_losses_by_hand(loss, log_prob, ratio, advantage, value, slope):
+    arrays = (np.full((1, 1), x, np.float32) for x in (np.log(log_prob), np.log(log_prob / ratio)))
+    result, gradient = jax.value_and_grad(loss)(*arrays, np.full((1, 1), advantage), 0.2, 0.3)
+    np.testing.assert_allclose([result, gradient.item()], [value, slope], atol=1e-4)
+
+
+def loss_of_answer(name, log_prob, old_log_prob, advantage, low, high):
+    """The definitions: the loss of one answer, and its derivative by log pi."""
+    ratio = np.exp(log_prob - old_log_prob)
+    if name == "dg":
+        weight = 1 / (1 + np.exp(advantage * log_prob))
+    elif name == "cispo":
+        weight = min(ratio, high)
+    else:
+        held = (ratio < low and advantage < 0) or (ratio > high and advantage > 0)
+        surrogate = min(advantage * ratio, advantage * min(max(ratio, low), high))
+        return -surrogate, 0.0 if held else -advantage * ratio
+    return -weight * advantage * log_prob, -weight * advantage
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "cispo", "dg"])
 @given(hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-2, 2, width=32)))
-def test_loss_against_a_loop(arrays):
-    log_probs, old_log_probs, advantages = arrays
-    total = 0.0
+def test_losses_against_a_loop(name, arrays):
+    total, slopes = 0.0, np.zeros((4, 5))
     for index in np.ndindex(4, 5):
-        ratio = np.exp(float(log_probs[index]) - float(old_log_probs[index]))
-        clipped_ratio = min(max(ratio, 1 - 0.2), 1 + 0.28)
-        total += min(float(advantages[index]) * ratio, float(advantages[index]) * clipped_ratio)
-    loss = ppo_clip_loss(log_probs, old_log_probs, advantages, 0.2, 0.28)
-    np.testing.assert_allclose(loss, -total / 20, rtol=1e-4, atol=1e-4)
+        answer = (float(array[index]) for array in arrays)
+        loss, slopes[index] = loss_of_answer(name, *answer, 1 - 0.2, 1 + 0.28)
+        total += loss
+    loss, gradient = jax.value_and_grad(grpo_mnist.LOSSES[name])(*arrays, 0.2, 0.28)
+    np.testing.assert_allclose(loss, total / 20, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradient, slopes / 20, rtol=1e-4, atol=1e-5)
+
+
+@given(hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-2, 2, width=32)))
+def test_cispo_without_a_bound_has_the_gradient_of_the_plain_surrogate(arrays):
+    log_probs, old_log_probs, advantages = arrays
+
+    def surrogate(log_probs):
+        return -(jnp.exp(log_probs - old_log_probs) * advantages).mean()
+
+    gradient = jax.grad(cispo_loss)(*arrays, 0.2, 1e6)
+    np.testing.assert_allclose(gradient, jax.grad(surrogate)(log_probs), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("loss", "clip_epsilon_high", "slope"),
+    [(cispo_loss, 0.2, -1.2), (cispo_loss, 4.0, -2.0), (ppo_clip_loss, 0.2, 0.0)],
+)
+def test_the_bound_of_cispo_leaves_a_gradient(loss, clip_epsilon_high, slope):
+    """Of a good answer that has become twice as probable."""
+    log_probs = jnp.log(jnp.array([[0.4], [0.2]]))
+    gradient = jax.grad(loss)(*log_probs[:, None], jnp.ones((1, 1)), 0.2, clip_epsilon_high)
+    np.testing.assert_allclose(gradient, [[slope]], rtol=1e-5)
+
+
+def target_by_loop(old_log_p, action, advantage):
+    """TPO's definition: what the policy is drawn to after one answer -> (A,)."""
+    scores = [advantage if answer == action else 0.0 for answer in range(10)]
+    mean = sum(scores) / 10
+    deviation = (sum((score - mean) ** 2 for score in scores) / 10) ** 0.5
+    if deviation >= 1e-6:
+        scores = [(score - mean) / deviation for score in scores]
+    weights = np.array([np.exp(old_log_p[answer] + scores[answer]) for answer in range(10)])
+    return weights / weights.sum()
+
+
+@given(
+    logits=hnp.arrays(np.float32, (2, 4, 10), elements=st.floats(-5, 5, width=32)),
+    actions=hnp.arrays(np.int32, (4, 1), elements=st.integers(0, 9)),
+    advantages=hnp.arrays(np.float32, (4, 1), elements=st.sampled_from([-3, -0.01, 0, 0.5, 20])),
+)
+def test_tpo_against_a_loop(logits, actions, advantages):
+    total, expected = 0.0, np.zeros((4, 10))
+    for image in range(4):
+        log_p, old_log_p = (np.asarray(x[image], np.float64) for x in logits)
+        log_p = log_p - np.log(np.exp(log_p).sum())
+        target = target_by_loop(old_log_p, actions[image, 0], float(advantages[image, 0]))
+        total -= sum(target * log_p)
+        expected[image] = np.exp(log_p) - target
+    loss, gradient = tpo_by_logits(*logits, actions, advantages)
+    np.testing.assert_allclose(loss, total / 4, rtol=1e-4)
+    np.testing.assert_allclose(gradient, expected / 4, atol=1e-5)
+
+
+def tpo_by_logits(logits, old_logits, actions, advantages):
+    """The loss and its derivative."""
+
+    def loss(logits):
+        return tpo_loss(tfd.Categorical(logits=logits), old_logits, actions, advantages)
+
+    return jax.value_and_grad(loss)(logits)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "of_answer", "of_others"),
+    # exp(3) / (exp(3) + 9 exp(-1/3)) and exp(-1/3) / the same; exp(-3) / (exp(-3) + 9 exp(1/3))
+    [
+        (0.001, 0.7570, 0.0270),
+        (0.3, 0.7570, 0.0270),
+        (100.0, 0.7570, 0.0270),  # only the sign counts
+        (-0.001, 0.0039, 0.1107),
+        (-7.0, 0.0039, 0.1107),
+        (0.0, 0.1, 0.1),  # the policy remains the target
+    ],
+)
+def test_the_target_of_tpo_by_hand(advantage, of_answer, of_others):
+    """Answer 4 of a uniform policy; the gradient is the policy less the target."""
+    uniform = jnp.zeros((1, 10))
+    loss, gradient = tpo_by_logits(uniform, uniform, np.array([[4]]), np.full((1, 1), advantage))
+    expected = np.where(np.arange(10) == 4, of_answer, of_others)
+    np.testing.assert_allclose(0.1 - gradient[0], expected, atol=1e-4)
+    assert loss == pytest.approx(np.log(10), rel=1e-5)
 
 
 # --- The KL term ---
@@ -320,66 +522,61 @@ def test_exact_kl_against_its_definition():
     policy, reference = two_policies()
     p, q = np.asarray(policy.probs_parameter()), np.asarray(reference.probs_parameter())
     expected = np.mean([sum(p[i] * np.log(p[i] / q[i])) for i in range(4)])
-    kl = grpo_mnist.kl_to_reference(policy, reference, None, "exact")
+    kl = grpo_mnist.kl_to_reference(policy, reference, None, None, "exact")
     np.testing.assert_allclose(kl, expected, rtol=1e-5)
 
 
-def test_k3_averages_to_the_exact_kl():
-    policy, reference = two_policies()
-    exact = grpo_mnist.kl_to_reference(policy, reference, None, "exact")
-    estimates = [
-        grpo_mnist.kl_to_reference(policy, reference, actions, "k3")
-        for actions in samples_of(policy)
-    ]
-    assert min(estimates) >= 0
-    np.testing.assert_array_less(deviations_from(exact, estimates), 4)
+def expected_kl(policy, reference, estimator, old):
+    """The KL term of an answer of the old policy: its mean and the gradient's, over all ten."""
 
+    def expectation(logits):
+        moved = tfd.Categorical(logits=logits)
+        terms = []
+        for action in np.arange(10)[:, None, None]:
+            log_probs = (grpo_mnist.log_probs_of(each, action) for each in (moved, old))
+            ratio = jnp.exp(jnp.subtract(*log_probs))
+            terms.append(grpo_mnist.kl_to_reference(moved, reference, action, ratio, estimator))
+        return old.probs_parameter()[0] @ jnp.stack(terms)
 
-def samples_of(policy, num_samples=100, num_answers=2000):
-    keys = jax.random.split(jax.random.key(0), num_samples)
-    return [grpo_mnist.sample_answers(policy, num_answers, key) for key in keys]
-
-
-def deviations_from(expected, estimates):
-    """How far the mean of the estimates is from what is expected, in standard errors."""
-    errors = np.std(estimates, axis=0, ddof=1) / len(estimates) ** 0.5
-    return np.abs(np.mean(estimates, axis=0) - expected) / errors
+    return jax.value_and_grad(expectation)(policy.logits)
 
 
 def kl_gradients(policy, reference):
-    """By the logits: of KL(policy || reference), of KL(reference || policy), and by samples."""
+    """By the policy's logits: of KL(policy || reference), and of KL(reference || policy)."""
 
-    def divergence(logits, towards):
-        moved = tfd.Categorical(logits=logits)
-        pair = (moved, reference) if towards == "reference" else (reference, moved)
-        return pair[0].kl_divergence(pair[1]).mean()
+    def reverse(logits):
+        return reference.kl_divergence(tfd.Categorical(logits=logits)).mean()
 
-    @jax.jit
-    @jax.grad
-    def by_samples(logits, actions):
-        moved = tfd.Categorical(logits=logits)
-        return grpo_mnist.kl_to_reference(moved, reference, actions, "k3")
+    def forward(logits):
+        return tfd.Categorical(logits=logits).kl_divergence(reference).mean()
 
-    exact = jax.grad(
-        lambda logits: grpo_mnist.kl_to_reference(
-            tfd.Categorical(logits=logits), reference, None, "exact"
-        )
-    )(policy.logits)
-    forward = jax.grad(divergence)(policy.logits, "reference")
-    reverse = jax.grad(divergence)(policy.logits, "policy")
-    np.testing.assert_allclose(exact, forward, atol=1e-6)
-    return exact, reverse, [by_samples(policy.logits, actions) for actions in samples_of(policy)]
+    return jax.grad(forward)(policy.logits), jax.grad(reverse)(policy.logits)
+
+
+def far_apart(x, y):
+    return np.linalg.norm(x - y) > 0.05 * np.linalg.norm(x)
+
+
+def test_k3_averages_to_the_exact_kl():
+    policy, reference = two_policies(num_images=1)
+    exact = grpo_mnist.kl_to_reference(policy, reference, None, None, "exact")
+    for estimator in ("k3", "k3_corrected"):
+        value, _ = expected_kl(policy, reference, estimator, policy)
+        np.testing.assert_allclose(value, exact, rtol=1e-5)
+    actions = np.arange(10).reshape(10, 1, 1)
+    assert min(grpo_mnist.kl_to_reference(policy, reference, a, None, "k3") for a in actions) >= 0
 
 
 def test_the_gradient_of_k3_is_that_of_the_reverse_divergence():
-    """Far from the reference it agrees with KL(reference || policy), and not with the exact one.
+    """Far from the reference it is that of KL(reference || policy), and not the exact one.
 
     E_p[d k3] = E_p[(1 - q/p) d log p] = -E_q[d log p] = d KL(q || p).
     """
     policy, reference = two_policies(num_images=1)
-    exact, reverse, by_samples = kl_gradients(policy, reference)
-    assert np.max(deviations_from(reverse, by_samples)) < 4
-    assert np.max(deviations_from(exact, by_samples)) > 50
+    exact, reverse = kl_gradients(policy, reference)
+    _, gradient = expected_kl(policy, reference, "k3", policy)
+    np.testing.assert_allclose(gradient, reverse, atol=1e-6)
+    assert far_apart(exact, gradient)
 
 
 def test_the_gradient_of_k3_agrees_with_the_exact_one_near_the_reference():
@@ -387,10 +584,27 @@ def test_the_gradient_of_k3_agrees_with_the_exact_one_near_the_reference():
     policy, other = two_policies(num_images=1)
     for step, agree in ((0.005, True), (1.0, False)):
         logits = policy.logits + step * (other.logits - policy.logits)
-        exact, reverse, by_samples = kl_gradients(policy, tfd.Categorical(logits=logits))
-        apart = np.linalg.norm(exact - reverse) / np.linalg.norm(exact)
-        assert (apart < 0.05) == agree
-        assert (np.max(deviations_from(exact, by_samples)) < 4) == agree
+        reference = tfd.Categorical(logits=logits)
+        exact, _ = kl_gradients(policy, reference)
+        _, gradient = expected_kl(policy, reference, "k3", policy)
+        assert far_apart(exact, gradient) != agree
+
+
+@pytest.mark.parametrize("later_round", [False, True])
+def test_the_gradient_of_corrected_k3_is_the_exact_one(later_round):
+    """Also when the policy is no longer the one that answered, which k3 alone does not allow for.
+
+    E_old[d (p/old k3)] = d E_p[k3] = d KL(p || q).
+    """
+    policy, reference = two_policies(num_images=1)
+    old = tfd.Categorical(logits=policy.logits[:, ::-1]) if later_round else policy
+    expected, _ = kl_gradients(policy, reference)
+    value, gradient = expected_kl(policy, reference, "k3_corrected", old)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    exact = float(grpo_mnist.kl_to_reference(policy, reference, None, None, "exact"))
+    assert value == pytest.approx(exact, rel=1e-5)
+    uncorrected, _ = expected_kl(policy, reference, "k3", old)
+    assert (uncorrected == pytest.approx(exact, rel=1e-5)) != later_round
 
 
 # --- The actor and the step ---
@@ -447,6 +661,8 @@ def one_step(dataset, config):
     with jax.disable_jit():  # op by op: each is compiled once for all the tests
         before = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config))
     before = before._replace(moving_average=jnp.float32(0.3))
+    if config.beta > 0:  # as if the actor had moved away from it before
+        before = before._replace(reference=jax.tree.map(lambda x: 0.9 * x, before.reference))
     images = dataset.train_images[: config.batch_size]
     labels = dataset.train_labels[: config.batch_size]
     _, key = jax.random.split(before.key)
@@ -474,6 +690,12 @@ class NumPyNetwork:
         hidden_1 = np.maximum(images @ w1 + b1, 0)
         hidden_2 = np.maximum(hidden_1 @ w2 + b2, 0)
         return hidden_1, hidden_2, hidden_2 @ w3 + b3
+
+    def log_policy(self, images):
+        """log pi, (B, A)."""
+        logits = self.forward(images)[-1]
+        logits = logits - logits.max(axis=1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
     def gradients(self, images, by_outputs):
         """Of a loss by the parameters, from its derivative by the outputs."""
@@ -523,41 +745,42 @@ class NumPyLearner:
         self.config, self.num_updates = config, num_updates
         self.metrics = []
 
-    def log_policy(self, images):
-        """log pi, (B, A)."""
-        logits = self.actor.forward(images)[-1]
-        logits = logits - logits.max(axis=1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-    def update(self, images, actions, old_log_probs, rewards, advantages, reference_log_p):
-        """d loss / d logits = sum over the answers of -A r (onehot - p) / (B G), if not clipped."""
+    def update(self, images, actions, old_log_p, rewards, advantages, reference_log_p):
+        """d loss / d logits = sum over the answers of d loss / d log pi (onehot - p) / (B G)."""
         config = self.config
         low, high = 1 - config.clip_epsilon, 1 + (config.clip_epsilon_high or config.clip_epsilon)
-        log_p = self.log_policy(images)
+        log_p = self.actor.log_policy(images)
         p = np.exp(log_p)
         by_logits = np.zeros_like(p)
-        loss, ratios, clipped_low, clipped_high = 0.0, [], 0, 0
+        loss, ratios, too_low, too_high = 0.0, np.zeros(actions.shape), 0, 0
         for image, answer in np.ndindex(actions.shape):
             action, advantage = actions[image, answer], float(advantages[image, answer])
-            ratio = np.exp(log_p[image, action] - old_log_probs[image, answer])
-            ratios.append(ratio)
-            loss -= min(advantage * ratio, advantage * np.clip(ratio, low, high)) / actions.size
-            too_low, too_high = ratio < low and advantage < 0, ratio > high and advantage > 0
-            clipped_low, clipped_high = clipped_low + too_low, clipped_high + too_high
-            if not (too_low or too_high):
-                one_hot = np.eye(10)[action]
-                by_logits[image] -= advantage * ratio * (one_hot - p[image]) / actions.size
+            log_prob, old_log_prob = log_p[image, action], old_log_p[image, action]
+            ratio = ratios[image, answer] = np.exp(log_prob - old_log_prob)
+            any_sign = config.loss_type == "cispo"
+            too_low += ratio < low and advantage < 0
+            too_high += ratio > high and (advantage > 0 or any_sign)
+            if config.loss_type == "tpo":
+                target = target_by_loop(old_log_p[image], action, advantage)
+                loss -= sum(target * log_p[image]) / actions.size
+                by_logits[image] += (p[image] - target) / actions.size
+                continue
+            one_loss, by_log_prob = loss_of_answer(
+                config.loss_type, log_prob, old_log_prob, advantage, low, high
+            )
+            loss += one_loss / actions.size
+            by_logits[image] += by_log_prob * (np.eye(10)[action] - p[image]) / actions.size
         entropies = -(p * log_p).sum(axis=1)
         loss -= config.entropy_coef * entropies.mean()
         by_logits += config.entropy_coef * p * (log_p + entropies[:, None]) / len(images)
-        metrics = {
-            "entropy": entropies.mean(),
-            "ratio_max": max(ratios),
-            "clip_ratio_low": clipped_low / actions.size,
-            "clip_ratio_high": clipped_high / actions.size,
-        }
+        metrics = {"entropy": entropies.mean(), "ratio_max": ratios.max()}
+        if config.loss_type == "ppo_clip":
+            metrics["clip_ratio_low"] = too_low / actions.size
+        if config.loss_type in ("ppo_clip", "cispo"):
+            metrics["clip_ratio_high"] = too_high / actions.size
         if config.beta > 0:
-            metrics["kl"], kl_by_logits = self.kl_divergence(log_p, reference_log_p, actions)
+            kl = self.kl_divergence(log_p, reference_log_p, actions, ratios)
+            metrics["kl"], kl_by_logits = kl
             loss += config.beta * metrics["kl"]
             by_logits += config.beta * kl_by_logits
         gradients = self.actor.gradients(images, by_logits)
@@ -572,7 +795,7 @@ class NumPyLearner:
             self.critic.update(self.critic.gradients(images, by_values), metrics["learning_rate"])
         self.metrics.append(metrics | {"loss": loss})
 
-    def kl_divergence(self, log_p, log_q, actions):
+    def kl_divergence(self, log_p, log_q, actions, ratios):
         """Its mean over the images, and the derivative of that by the logits."""
         p = np.exp(log_p)
         if self.config.kl_estimator == "exact":
@@ -582,8 +805,11 @@ class NumPyLearner:
         for image, answer in np.ndindex(actions.shape):
             action = actions[image, answer]
             log_ratio = log_q[image, action] - log_p[image, action]
-            kl += (np.exp(log_ratio) - log_ratio - 1) / actions.size
-            by_log_p = 1 - np.exp(log_ratio)
+            k3, by_log_p = np.exp(log_ratio) - log_ratio - 1, 1 - np.exp(log_ratio)
+            if self.config.kl_estimator == "k3_corrected":  # d ratio / d log p = ratio
+                ratio = ratios[image, answer]
+                k3, by_log_p = ratio * k3, ratio * k3 + ratio * by_log_p
+            kl += k3 / actions.size
             by_logits[image] += by_log_p * (np.eye(10)[action] - p[image]) / actions.size
         return kl, by_logits
 
@@ -596,6 +822,7 @@ MINIBATCHES = Config(batch_size=64, num_iterations=2, num_minibatches=4, scale_r
 ENTROPY_BONUS = Config(batch_size=64, num_iterations=2, entropy_coef=0.5)
 KL = Config(batch_size=64, beta=5.0)
 KL_K3 = Config(batch_size=64, beta=5.0, kl_estimator="k3", num_generations=2)
+KL_CORRECTED = dataclasses.replace(KL_K3, kl_estimator="k3_corrected", num_iterations=2)
 HELD_BACK = Config(batch_size=64, beta=1000.0, ref_sync_epochs=2)
 GRPO = Config(batch_size=32, num_generations=8, baseline="group", scale_rewards="group")
 DAPO = dataclasses.replace(GRPO, clip_epsilon_high=0.28, dynamic_sampling=True)
@@ -606,6 +833,11 @@ MOVING_AVERAGE = Config(batch_size=64, baseline="ema", num_iterations=2)
 PPO = Config(
     batch_size=64, num_generations=2, num_iterations=1, num_minibatches=2, baseline="critic"
 )
+MAXRL = Config(batch_size=32, num_iterations=2, baseline="group", scale_rewards="mean")
+MAXRL_ALONE = dataclasses.replace(MAXRL, baseline="none")
+CISPO = dataclasses.replace(LONG_ROUNDS, num_iterations=3, loss_type="cispo")
+DG = Config(batch_size=64, num_iterations=2, loss_type="dg")
+TPO = dataclasses.replace(DG, num_minibatches=2, learning_rate=1e-3, loss_type="tpo")
 
 STEP_CONFIGS = {
     "K=1": ONE_ROUND,
@@ -616,11 +848,17 @@ STEP_CONFIGS = {
     "entropy": ENTROPY_BONUS,
     "KL": KL,
     "KL by k3": KL_K3,
+    "KL by corrected k3": KL_CORRECTED,
     "GRPO": GRPO,
     "DAPO": DAPO,
     "RLOO": RLOO,
     "moving average": MOVING_AVERAGE,
     "PPO": PPO,
+    "MaxRL": MAXRL,
+    "MaxRL without a baseline": MAXRL_ALONE,
+    "CISPO": CISPO,
+    "DG": DG,
+    "TPO": TPO,
 }
 
 
@@ -633,7 +871,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     learner = NumPyLearner(before.networks, config, num_updates=3 * config.num_iterations * M)
 
     images = dataset.train_images[:B] / 255
-    log_p = learner.log_policy(images)
+    log_p = learner.actor.log_policy(images)
     actions = np.asarray(rollout.actions)
     old_log_probs = np.take_along_axis(log_p, actions, axis=1)
     np.testing.assert_allclose(rollout.old_log_probs, old_log_probs, atol=1e-5)
@@ -643,7 +881,7 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     np.testing.assert_array_equal(rollout.rewards, right)
     assert metrics["accuracy"] == metrics["reward"] == pytest.approx(right.mean())
     assert metrics["reward_std"] == pytest.approx(right.std(), abs=1e-6)
-    by_image = {"group", "loo"} & {config.baseline, config.scale_rewards}
+    by_image = {"group", "loo", "mean"} & {config.baseline, config.scale_rewards}
     equal = np.mean([len(set(row)) == 1 for row in right]) if by_image else 0.0
     assert metrics["frac_reward_zero_std"] == pytest.approx(equal)
     assert step.after.moving_average == pytest.approx(0.9 * 0.3 + 0.1 * right.mean())
@@ -655,7 +893,10 @@ def test_the_step_against_a_numpy_learner(dataset, config):
         advantages /= 1 - equal
     np.testing.assert_allclose(rollout.advantages, advantages, atol=1e-5)
 
-    batch = (images, actions, old_log_probs, right, advantages, log_p)
+    reference_log_p = log_p
+    if config.beta > 0:
+        reference_log_p = NumPyNetwork(before.reference).log_policy(images)
+    batch = (images, actions, log_p, right, advantages, reference_log_p)
     for _ in range(config.num_iterations):
         for piece in np.arange(B).reshape(-1, M).T:
             learner.update(*(array[piece] for array in batch))
@@ -663,7 +904,9 @@ def test_the_step_against_a_numpy_learner(dataset, config):
     assert (learner.critic is None) == (step.after.networks.critic is None)
     if learner.critic:
         learner.critic.assert_close_to(step.after.networks.critic)
-    assert ("kl" in metrics) == ("kl" in learner.metrics[0]) == (config.beta > 0)
+    of_the_batch = {"accuracy", "reward", "reward_std", "frac_reward_zero_std"}
+    assert set(metrics) == set(learner.metrics[0]) | of_the_batch
+    assert ("kl" in metrics) == (config.beta > 0)
     for name in learner.metrics[0]:
         average = max if name == "ratio_max" else np.mean
         expected = average([update[name] for update in learner.metrics])
@@ -679,6 +922,7 @@ def test_the_ratio_is_1_in_the_first_round_and_not_in_later_ones(dataset):
     assert often["ratio_max"] > 1.5
     assert often["clip_ratio_low"] > 0
     assert often["clip_ratio_high"] > 0
+    assert one_step(dataset, CISPO).metrics["clip_ratio_high"] > often["clip_ratio_high"]
 
 
 def test_the_answers_of_an_image_differ_and_belong_to_it(dataset):
@@ -697,8 +941,9 @@ def test_a_kl_term_holds_the_actor_back(dataset):
     moved = {}
     for config in (FOUR_ROUNDS, HELD_BACK):
         step = one_step(dataset, config)
-        before, after = step.before.networks.actor, step.after.networks.actor
-        reference, policy = before(step.rollout.images), after(step.rollout.images)
+        before, after = step.before, step.after.networks.actor
+        reference = (before.reference or before.networks.actor)(step.rollout.images)
+        policy = after(step.rollout.images)
         moved[config.beta] = float(policy.kl_divergence(reference).mean())
         assert ("kl" in step.metrics) == (config.beta > 0)
     assert step.metrics["kl"] > 0

@@ -21,7 +21,7 @@ from conftest import (
 )
 from faults import read_until
 
-from grpo_mnist import Config, UsageError, main
+from grpo_mnist import Config, UsageError, main, parse_flags
 
 DIGITS = ("--dataset=digits", "--num-epochs=1")
 
@@ -54,6 +54,7 @@ BAD_INPUT = [
     (["--dynamic-sampling", "yes"], "yes"),
     (["--scale-rewards", "std"], "--scale-rewards"),
     (["--kl-estimator", "k2"], "--kl-estimator"),
+    (["--loss-type", "ppo"], "--loss-type"),
     # not finite
     (["--learning-rate", "nan"], "--learning-rate"),
     (["--learning-rate", "inf"], "--learning-rate"),
@@ -91,6 +92,22 @@ BAD_INPUT = [
     (["--baseline=group", "--num-generations=1"], "--num-generations 1 must be 2 or more where "),
     (["--baseline=loo", "--num-generations=1"], "--num-generations 1 must be 2 or more where "),
     (["--scale-rewards=group", "--num-generations=1"], "--num-generations 1 must be 2 or more"),
+    (["--scale-rewards=mean"], "--baseline batch must be group or none"),
+    (["--scale-rewards=mean", "--baseline=loo"], "--baseline loo must be group or none"),
+    (["--scale-rewards=mean", "--baseline=ema"], "--baseline ema must be group or none"),
+    (["--scale-rewards=mean", "--baseline=critic"], "--baseline critic must be group or none"),
+    (["--scale-rewards=mean", "--baseline=none", "--num-generations=1"], "--num-generations 1"),
+    (["--loss-type=cispo"], "--clip-epsilon-high None must be given"),
+    (["--loss-type=cispo", "--clip-epsilon-high=4", "--clip-epsilon=0.1"], "--clip-epsilon 0.1 "),
+    (["--loss-type=dg", "--clip-epsilon=0.1"], "--clip-epsilon 0.1 must be left out"),
+    (["--loss-type=dg", "--clip-epsilon-high=0.3"], "--clip-epsilon-high 0.3 must be left out"),
+    (["--loss-type=tpo", "--clip-epsilon=0.1"], "--clip-epsilon 0.1 must be left out"),
+    (["--loss-type=tpo", "--clip-epsilon-high=0.3"], "--clip-epsilon-high 0.3 must be left out"),
+    (["--loss-type=tpo", "--baseline=none"], "--baseline none must be another"),
+    (["--loss-type=tpo", "--baseline=group"], "--loss-type tpo must be another"),
+    (["--loss-type=tpo", "--scale-rewards=group"], "--loss-type tpo must be another"),
+    (["--loss-type=tpo", "--num-generations=2"], "--num-generations 2 must be 1"),
+    (["--loss-type=tpo", "--dynamic-sampling"], "--dynamic-sampling True must be on only where "),
     (["--dynamic-sampling"], "--dynamic-sampling True must be on only where "),
     (["--seed=4294967295", "--num-seeds=2"], "--seed 4294967295"),
     (
@@ -99,6 +116,7 @@ BAD_INPUT = [
     ),
     (["--num-iterations=1000000000000"], "--num-iterations 1000000000000 must be 1 or more, and"),
     (["--kl-estimator=k3"], "--kl-estimator k3 must be exact while --beta is 0"),
+    (["--kl-estimator=k3_corrected"], "--kl-estimator k3_corrected must be exact while --beta is"),
     (["--ref-sync-epochs=2"], "--ref-sync-epochs 2 must be 0 while --beta is 0"),
     (["--num-processes=2"], "--coordinator-address None must be host:port, with "),
     (["--coordinator-address=here:1"], "--coordinator-address here:1 must be host:port, with "),
@@ -159,6 +177,7 @@ def test_bad_input_to_the_real_program(flags, environment, tmp_path):
         {"baseline": None},
         {"dataset": "MNIST"},
         {"clip_epsilon_high": -0.3},
+        {"loss_type": "ppo"},
     ],
     ids=str,
 )
@@ -184,11 +203,35 @@ def test_a_config_takes_what_python_would():
         ({"scale_rewards": "group"}, 8),
         ({"baseline": "group", "num_generations": 4}, 4),
         ({"num_generations": 4}, 4),
+        ({"baseline": "none", "scale_rewards": "mean"}, 8),
+        ({"loss_type": "tpo", "scale_rewards": "none"}, 1),
     ],
     ids=str,
 )
 def test_the_answers_per_image_depend_on_what_is_compared(fields, expected):
     assert Config(**fields).num_generations == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"baseline": "group", "scale_rewards": "mean", "dynamic_sampling": True},
+        {"loss_type": "ppo_clip", "clip_epsilon": 0.1},
+        {"loss_type": "cispo", "clip_epsilon_high": 4.0},
+        {"loss_type": "cispo", "clip_epsilon_high": 4.0, "baseline": "none", "num_generations": 2},
+        {"loss_type": "dg", "baseline": "group", "scale_rewards": "mean"},
+        {"loss_type": "tpo", "baseline": "critic", "num_iterations": 2},
+        {"loss_type": "tpo", "baseline": "ema", "num_minibatches": 2, "num_seeds": 2},
+        {"kl_estimator": "k3_corrected", "beta": 0.1, "ref_sync_epochs": 1},
+    ],
+    ids=lambda flags: " ".join(map(str, flags.values())),
+)
+def test_flags_that_go_together(flags):
+    given = {name: value for name, value in flags.items() if value is not True}
+    switches = [flag(name) for name in flags.keys() - given.keys()]
+    config = parse_flags([*switches, *(f"{flag(name)}={given[name]}" for name in given)])
+    assert config == Config(**flags)
+    assert flags.items() <= vars(config).items()
 
 
 def test_data_dir_follows_tensorflow_datasets(monkeypatch, tmp_path):

@@ -186,6 +186,17 @@ ALGORITHMS = {
     },
     "moving average": {"baseline": "ema"},
     "PPO": {"baseline": "critic"},
+    "MaxRL": {"baseline": "group", "scale_rewards": "mean"},
+    "CISPO": {"loss_type": "cispo", "clip_epsilon_high": 4.0},
+    "DG": {"loss_type": "dg"},
+    "TPO": {"loss_type": "tpo"},
+}
+
+
+ABSENT = {  # the metrics that a loss does not have: null in metrics.jsonl
+    "cispo": ["clip_ratio_low"],
+    "dg": ["clip_ratio_low", "clip_ratio_high"],
+    "tpo": ["clip_ratio_low", "clip_ratio_high"],
 }
 
 
@@ -194,6 +205,8 @@ def test_every_algorithm_learns(dataset, flags):
     """One epoch; chance is 10%."""
     (metrics,) = train_in_memory(dataset, Config(num_epochs=1, **flags))
     assert metrics["test_accuracy"] > 0.4
+    absent = {"kl", *ABSENT.get(flags.get("loss_type"), ())}
+    assert {name for name, value in metrics.items() if value is None} == absent
 
 
 def test_a_step_for_several_seeds_is_the_step_for_each(dataset):
