@@ -127,7 +127,7 @@ def mean_of_others(rewards, expected):
 
 
 def positive_mean(rewards):
-    """The mean of the image's rewards, or infinity, for advantages of 0, if it is not above 0."""
+    """The mean of the image's rewards; infinity if it is not positive, so that advantages are 0."""
     mean = rewards.mean(axis=IMAGE, keepdims=True)
     return jnp.where(mean <= 0, jnp.inf, mean)
 
@@ -155,8 +155,8 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     (reward - baseline) / scale, by the tables above. "group" for both is GRPO (DeepSeekMath, arXiv
     2402.03300, section 4.1.2, which has no 1e-8), "group" without scale Dr. GRPO (arXiv 2503.20783,
     section 3.2), "loo" without scale RLOO (arXiv 2402.14740), "group" with "mean" MaxRL (arXiv
-    2602.02710). expected_rewards is the moving average () of "ema", or the values (B, 1) of
-    "critic".
+    2602.02710, algorithm 1; without a baseline, the advantage is 1 where all rewards are 1).
+    expected_rewards is the moving average () of "ema", or the values (B, 1) of "critic".
 
     Deviations are population ones (ddof=0), of the rewards before the subtraction: afterwards, they
     would be others for "critic", "loo" and, over a batch, "group". The average of "ema" is one of
@@ -168,7 +168,7 @@ def group_advantages(rewards, *, baseline, scale_rewards, expected_rewards=0.0):
     base, scale = BASELINES[baseline], SCALES[scale_rewards]
     advantages = (rewards - base.function(rewards, expected_rewards)) / scale.function(rewards)
     for statistic in (base, scale):
-        if statistic.group is not None and statistic.zero_if_equal:  # no rounding error / 1e-8
+        if statistic.group is not None and statistic.zero_if_equal:  # else rounding error / 1e-8
             advantages = jnp.where(all_equal(rewards, statistic.group), 0.0, advantages)
     return advantages
 
@@ -181,9 +181,9 @@ def all_equal(rewards, group):
 def average_over_signals(advantages):
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), without sampling anew.
 
-    An image carries a signal if its advantages are not all 0. The loss is a mean over all answers
-    and proportional to the advantages (B, G). Divided by the share of images with a signal, it is
-    a mean over their answers.
+    An image carries a signal if its advantages are not all 0. The loss of PPO or CISPO is a mean
+    over all answers and proportional to the advantages (B, G). Divided by the share of images with
+    a signal, it is a mean over their answers.
     """
     share = (advantages != 0).any(axis=1).mean()
     return advantages / jnp.maximum(share, 1 / len(advantages))  # not 0 / 0 without any signal
@@ -205,7 +205,7 @@ def ppo_clip_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsil
 def cispo_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
     """CISPO (MiniMax-M1, arXiv 2506.13585, equation 4): three arrays (B, G) -> a scalar.
 
-    REINFORCE, weighted by the clipped ratio, so that no answer loses its gradient.
+    REINFORCE, weighted by the ratio up to a bound, so that no answer loses its gradient.
     """
     weights = jnp.minimum(jnp.exp(log_probs - old_log_probs), 1 + clip_epsilon_high)
     return -(jax.lax.stop_gradient(weights) * advantages * log_probs).mean()
@@ -214,7 +214,7 @@ def cispo_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_
 def dg_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_high):
     """Delightful policy gradient (arXiv 2603.14608, section 2): three arrays (B, G) -> a scalar.
 
-    REINFORCE, weighted by a gate: of improbable answers, good ones count fully, bad ones hardly.
+    REINFORCE with a gate: improbable answers count fully if good, hardly if bad. It has no ratio.
     """
     gate = jax.nn.sigmoid(advantages * -log_probs)
     return -(jax.lax.stop_gradient(gate) * advantages * log_probs).mean()
@@ -223,9 +223,9 @@ def dg_loss(log_probs, old_log_probs, advantages, clip_epsilon, clip_epsilon_hig
 def tpo_loss(policy, old_logits, actions, advantages):
     """The cross-entropy to a target: a policy, (B, A), (B, 1), (B, 1) -> a scalar.
 
-    Target Policy Optimization (arXiv 2604.06159, section 2). Of the ten scores of an image, that
-    of its answer is the advantage, the others are 0. The target is softmax(old_logits + whitened
-    scores); these are 3 and -1/3, or the negative, so that only the advantage's sign counts.
+    Target Policy Optimization (arXiv 2604.06159, sections 2 and 3.3). The score of an image's
+    answer is its advantage, the other nine are 0. The target is softmax(old_logits + whitened
+    scores). Whitened, they are 3 and -1/3, or the negative: only the advantage's sign counts.
     """
     scores = advantages * jax.nn.one_hot(actions[:, 0], old_logits.shape[1])  # (B, A)
     deviation = scores.std(axis=1, keepdims=True)
@@ -242,7 +242,7 @@ def kl_to_reference(policy, reference, actions, ratio, estimator):
 
     "exact" sums over the ten answers. "k3" (DeepSeekMath, equation 4) is an unbiased estimate from
     answers of the policy itself, but its expected gradient is that of KL(reference || policy).
-    "k3_corrected", k3 times the ratio, has that of "exact" (arXiv 2512.02556, equation 7).
+    Both are right on average for "k3_corrected", k3 times the ratio (arXiv 2512.02556, equation 7).
     """
     if estimator == "exact":
         return policy.kl_divergence(reference).mean()
@@ -307,7 +307,7 @@ def loss_fn(networks, rollout, config):
     log_probs = log_probs_of(policy, actions)  # (B, G)
     ratio = jnp.exp(log_probs - old_log_probs)
     low, high = config.clip_epsilon, config.clip_epsilon_high or config.clip_epsilon
-    if config.loss_type == "tpo":
+    if config.loss_type == "tpo":  # It needs the probabilities of all ten answers.
         loss = tpo_loss(policy, rollout.old_logits, actions, advantages)
     else:
         loss = LOSSES[config.loss_type](log_probs, old_log_probs, advantages, low, high)
@@ -321,7 +321,7 @@ def loss_fn(networks, rollout, config):
     if networks.critic is not None:  # Its loss: PPO, equation 9.
         loss = loss + ((networks.critic(rollout.images) - rollout.rewards) ** 2).mean()
     metrics |= {"loss": loss, "ratio_max": ratio.max()}
-    if config.loss_type == "ppo_clip":  # held only where the advantage pushes further
+    if config.loss_type == "ppo_clip":  # The clip acts only where the advantage pushes outward.
         metrics["clip_ratio_low"] = ((ratio < 1 - low) & (advantages < 0)).mean()
         metrics["clip_ratio_high"] = ((ratio > 1 + high) & (advantages > 0)).mean()
     if config.loss_type == "cispo":
@@ -390,7 +390,7 @@ class Config:
     num_minibatches: int = 1  # Pieces that a round is cut into, with an Adam update each.
     learning_rate: float = 3e-3  # Adam's step size, at the start of the schedule.
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # Cosine falls to 0 over the run.
-    # What a round lowers: PPO's and GRPO's clipped surrogate, CISPO's, DG's or TPO's loss.
+    # What a round lowers: the clipped loss of PPO and GRPO, or that of CISPO, DG or TPO.
     loss_type: Literal[*LOSSES] = "ppo_clip"
     clip_epsilon: float = 0.2  # PPO's epsilon: ratios are clipped at 1 - epsilon and 1 + epsilon.
     clip_epsilon_high: float | None = None  # DAPO's epsilon for the upper bound. None: the same.
@@ -653,7 +653,7 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
 
 
 def download(url: str) -> tuple[bytes, str]:
-    """Fetches a file: its bytes, none without an answer; and what to say if they are wrong."""
+    """Fetches a file: its bytes, none without an answer, and what to report if they are wrong."""
     try:  # In threads: looking up a name has no time limit, and those of requests are per read.
         with multiprocessing.pool.ThreadPool(2) as pool:
             asking = pool.apply_async(requests.get, (url,), {"stream": True, "timeout": 3})
@@ -759,7 +759,7 @@ def restore(run_dir: Path | None, facts: dict, fresh: TrainState) -> tuple[Train
     if not (run_dir and (newest := newest_checkpoint(run_dir))):
         return fresh, [], 0.0
     path, header, arrays = newest
-    now, before = (each | each["versions"] for each in (facts, header["facts"]))
+    now, before = (vars(Config()) | x | x["versions"] for x in (facts, header["facts"]))
     changed = [name for name in now if now[name] != before.get(name, now[name])]
     for name in [name for name in changed if name not in (*PLACE_FIELDS, "versions")]:
         change = f"{name} was {before[name]}, is {now[name]}"
@@ -1022,16 +1022,16 @@ def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
     yield "dynamic_sampling", c.compares_answers or not c.dynamic_sampling, f"on only {where}"
     yield "clip_epsilon", 0 < c.clip_epsilon < 1, "above 0 and below 1"
     tpo, loss = c.loss_type == "tpo", f"with --loss-type {c.loss_type}"
-    divides = c.scale_rewards == "mean" and c.baseline not in ("group", "none")
-    yield "baseline", not divides, "group or none with --scale-rewards mean"
-    yield "baseline", not tpo or c.baseline != "none", f"another {loss}"
-    yield "loss_type", not tpo or not c.compares_answers, f"another {where}"
-    yield "num_generations", not tpo or c.num_generations == 1, f"1 {loss}"
-    yield "dynamic_sampling", c.loss_type != "dg" or not c.dynamic_sampling, f"off {loss}"
+    yield "loss_type", not (tpo and c.compares_answers), f"another {where}"
+    yield "num_generations", not (tpo and several), f"1 {loss}"
+    yield "baseline", not (tpo and c.baseline == "none"), f"another {loss}"
+    allowed = c.scale_rewards != "mean" or c.baseline in ("group", "none")
+    yield "baseline", allowed, "group or none with --scale-rewards mean"
+    yield "dynamic_sampling", not (c.loss_type == "dg" and c.dynamic_sampling), f"off {loss}"
     yield "clip_epsilon", c.loss_type == "ppo_clip" or c.clip_epsilon == 0.2, f"left out {loss}"
     bounded, given = c.loss_type in ("ppo_clip", "cispo"), c.clip_epsilon_high is not None
     yield "clip_epsilon_high", bounded or not given, f"left out {loss}"
-    yield "clip_epsilon_high", given or c.loss_type != "cispo", f"given {loss}"
+    yield "clip_epsilon_high", given or c.loss_type != "cispo", f"a number {loss}"
     for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
         yield name, c.beta > 0 or getattr(c, name) == unused, f"{unused} while --beta is 0"
     yield "data_dir", not c.data_dir.is_file(), "a directory"

@@ -59,14 +59,22 @@ ALGORITHMS = {
     "KL penalty, k3_corrected": "--beta 0.1 --kl-estimator k3_corrected",
 }
 TUNED = {  # by tuning.py
-    "strong setting": "",
-    "equal feedback": "",
+    "strong setting": "--num-generations 64 --scale-rewards mean --baseline none"
+    " --num-minibatches 32 --learning-rate 1e-3 --num-iterations 4 --entropy-coef 0.175",
+    "equal feedback": "--num-epochs 16 --batch-size 500 --learning-rate 1e-3 --num-iterations 16"
+    " --loss-type tpo",
 }
 MANY_ANSWERS = "--num-generations 64"
 SUPERVISED = {
     "labels, batch 1024": {"num_seeds": NUM_SEEDS},
     "labels, batch 64": {"batch_size": 64, "learning_rate": 2e-3, "num_seeds": NUM_SEEDS},
-    "labels, tuned": {"num_seeds": MANY_SEEDS},  # by tuning.py
+    "labels, tuned": {  # by tuning.py
+        "batch_size": 64,
+        "learning_rate": 3e-3,
+        "label_smoothing": 0.05,
+        "weight_decay": 0.1,
+        "num_seeds": MANY_SEEDS,
+    },
 }
 
 
@@ -278,12 +286,13 @@ def main():
 
     for name, flags in ALGORITHMS.items():
         add(name, flags, NUM_SEEDS)
-        rows[name]["difference"] = differences(rows[name], rows[DEFAULTS])
     for name, flags in TUNED.items():
         add(name, flags, MANY_SEEDS)
     supervised = [supervise(*item, dataset) for item in SUPERVISED.items()]
     seconds = time_epochs([*ALGORITHMS.values(), MANY_ANSWERS, *TUNED.values()], dataset)
     ratios = [many / one for many, one in zip(seconds[MANY_ANSWERS], seconds[""], strict=True)]
+    for name in ALGORITHMS:
+        rows[name]["difference"] = differences(rows[name], rows[DEFAULTS])
     for name, flags in (ALGORITHMS | TUNED).items():
         rows[name]["epoch_seconds"] = spread(seconds[flags])
     results = {

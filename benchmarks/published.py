@@ -6,8 +6,8 @@ DIR is as for grpo_mnist.py. The study is section 3.3 of "Target Policy Optimiza
 arXiv 2604.06159), its settings are those of its program (github.com/JeanKaddour/tpo): hidden layers
 of 50, Adam at a constant 1e-3, batches of 100 images drawn with replacement, one guess per image,
 one update per batch, 10,000 updates, 20 seeds. That is 1,000,000 guesses called right or wrong.
-What it calls GRPO standardises the rewards of the batch; its other methods subtract the reward that
-a second guess would have, the sum of pi(a)^2. All seeds of a method train in one program. Writes
+What it calls GRPO standardises the rewards of the batch; its other methods subtract the probability
+that two guesses agree, the sum of pi(a)^2. All seeds of a method train in one program. Writes
 results/published.json.
 """
 
@@ -24,12 +24,12 @@ WIDTH = 50
 NUM_UPDATES, EVALUATE_EVERY = 10_000, 200
 SETTINGS = "--batch-size 100 --num-iterations 1 --learning-rate 1e-3 --lr-schedule constant"
 SETTINGS += " --num-seeds 20"
-SECOND_GUESS = "--baseline ema --scale-rewards none"  # what is expected is given by train
+AGREEMENT = "--baseline ema --scale-rewards none"  # what is expected is given by train
 METHODS = {  # flags, and the test error that the study prints, if it does
-    "PG": (SECOND_GUESS, 0.053),
+    "PG": (AGREEMENT, 0.053),
     "GRPO": ("", 0.059),
-    "DG": (f"{SECOND_GUESS} --loss-type dg", None),
-    "TPO": (f"{SECOND_GUESS} --loss-type tpo", 0.029),
+    "DG": (f"{AGREEMENT} --loss-type dg", None),
+    "TPO": (f"{AGREEMENT} --loss-type tpo", 0.029),
 }
 
 
@@ -42,8 +42,8 @@ def train(flags, dataset):
     def step(state, key):
         chosen = jax.random.randint(key, (config.batch_size,), 0, len(images))
         policy = state.networks.actor(images[chosen] / 255.0)
-        second_guess = (policy.probs_parameter() ** 2).sum(axis=1, keepdims=True)  # (B, 1)
-        state = state._replace(moving_average=second_guess)
+        agreement = (policy.probs_parameter() ** 2).sum(axis=1, keepdims=True)  # (B, 1)
+        state = state._replace(moving_average=agreement)
         batch = images[chosen], labels[chosen]
         state, _ = grpo_mnist.train_step(state, *batch, optimizer=optimizer, config=config)
         return state._replace(moving_average=jnp.zeros(())), None

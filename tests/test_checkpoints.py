@@ -175,6 +175,16 @@ def test_what_has_changed_since_is_said(after_two_epochs, capfd):
     assert "program_sha256" not in output
 
 
+def test_a_run_of_a_program_without_a_flag_had_its_default(after_two_epochs, capfd):
+    faults.forge(
+        after_two_epochs / "epoch-2.npz", lambda header, _: header["facts"].pop("loss_type")
+    )
+    (after_two_epochs.parent / "config.json").unlink()
+    assert main(["--resume", "run", "--loss-type", "dg"]) == 2
+    assert_one_line_error(capfd.readouterr().err, "loss_type was ppo_clip, is dg")
+    assert main(["--resume", "run"]) == 0
+
+
 def test_a_checkpoint_of_a_changed_network_is_refused(after_two_epochs, capfd):
     """As after an edit of the file: the arrays do not fit, and are not made to."""
 

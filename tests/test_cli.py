@@ -97,7 +97,7 @@ BAD_INPUT = [
     (["--scale-rewards=mean", "--baseline=ema"], "--baseline ema must be group or none"),
     (["--scale-rewards=mean", "--baseline=critic"], "--baseline critic must be group or none"),
     (["--scale-rewards=mean", "--baseline=none", "--num-generations=1"], "--num-generations 1"),
-    (["--loss-type=cispo"], "--clip-epsilon-high None must be given"),
+    (["--loss-type=cispo"], "--clip-epsilon-high None must be a number with --loss-type cispo"),
     (["--loss-type=cispo", "--clip-epsilon-high=4", "--clip-epsilon=0.1"], "--clip-epsilon 0.1 "),
     (["--loss-type=dg", "--clip-epsilon=0.1"], "--clip-epsilon 0.1 must be left out"),
     (["--loss-type=dg", "--clip-epsilon-high=0.3"], "--clip-epsilon-high 0.3 must be left out"),
