@@ -198,31 +198,26 @@ def draw(results):
     finish_curves(left)
     names = list(reversed(ALGORITHMS))
     for metric, color, marker, shift, label in (
-        ("accuracy", "C0", "o", 0.15, "training images, sampled answer"),
-        ("test_accuracy", "C1", "s", -0.15, "test images, likeliest answer"),
+        ("accuracy", "C0", "o", 0.2, "training images, sampled answer"),
+        ("test_accuracy", "C1", "s", -0.2, "test images, likeliest answer"),
     ):
-        mean = 100 * np.array([rows[name][metric]["mean"] for name in names])
-        margin = 100 * np.array([rows[name][metric]["interval_95"] for name in names])
-        positions = np.arange(len(names)) + shift
         style = {"fmt": marker, "color": color, "capsize": 3, "ms": 5}
-        right.errorbar(mean, positions, xerr=margin, label=label, **style)
-        for value, width, position in zip(mean, margin, positions, strict=True):
-            if value < 96.8:  # off the scale
-                right.text(
-                    96.85,
-                    position,
-                    f"← {value:.1f} ± {width:.1f}",
-                    color=color,
-                    va="center",
-                    size=8,
-                )
+        for position, name in enumerate(names):
+            figures = rows[name][metric]
+            value, width = 100 * figures["mean"], 100 * figures["interval_95"]
+            if value >= 96.8:
+                right.errorbar(value, position + shift, xerr=width, label=label, **style)
+                label = None  # once is enough
+            else:  # off the scale
+                text = f"← {value:.1f} ± {width:.1f}"
+                right.text(96.85, position + shift, text, color=color, va="center", size=8)
     labels = results["supervised"][-1]
     mean = 100 * labels["test_accuracy"]["mean"]
     right.axvline(mean, color="black", lw=1, ls=":", label="labels, tuned, test images")
     right.set_yticks(range(len(names)), names)
-    right.set(xlim=(96.8, 99), ylim=(-0.6, len(names) + 1.4), xlabel="accuracy (%)")
+    right.set(xlim=(96.8, 99.6), ylim=(-0.6, len(names) + 1.4), xlabel="accuracy (%)")
     right.set(title="after 10 epochs: mean and 95% interval, n = 5")
-    right.set_xticks(np.arange(97, 99.1, 0.5))
+    right.set_xticks(np.arange(97, 99.6, 0.5))
     right.grid(alpha=0.3)
     right.legend(fontsize=8, loc="upper right")
     figure.savefig(RESULTS / "algorithms.png")

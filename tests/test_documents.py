@@ -9,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import jax
 import numpy as np
 import pytest
+import tuning
 import tyro
 from accuracy import PROMISED
+from comparison import ALGORITHMS, DEFAULTS, TUNED
 from conftest import METRICS, ROOT, flag, read_json
 from one_update import signed
 from packaging.requirements import Requirement
@@ -194,31 +196,51 @@ def interval(figures):
     return f"{figures['mean']:.2%} ± {figures['interval_95']:.2%}"
 
 
+def points(figures):
+    """A difference of shares, in percentage points."""
+    return f"{100 * figures['mean']:+.2f} ± {100 * figures['interval_95']:.2f}"
+
+
+def comparison_rows():
+    """What benchmarks/comparison.py ran, by name."""
+    return {row["name"]: row for row in read_json(RESULTS / "comparison.json")["rows"]}
+
+
 def algorithm_rows():
     """A table row for each algorithm that benchmarks/comparison.py ran, and for the labels."""
-    results = read_json(RESULTS / "comparison.json")
-    for row in results["algorithms"] + results["supervised"]:
-        cells = [row["name"], interval(row["accuracy"]), interval(row["test_accuracy"])]
-        if "command" in row:
-            cells[1:1] = [f"`{row['command']}`"]
-            cells.append(f"{row['epoch_seconds']['median']:.2f} s")
-            cells.append(f"{row['training_state_bytes'] / 1e6:.2f} MB")
-            cells.append(f"{row['reward_bits'] / 1e6:.2f} M")
-        else:
-            cells[1:1] = ["cross-entropy"]
-            cells += [""] * 3
+    rows = comparison_rows()
+    for name in ALGORITHMS:
+        row = rows[name]
+        cells = [name, f"`{row['command']}`", interval(row["accuracy"])]
+        cells += [interval(row["test_accuracy"])]
+        cells.append("" if name == DEFAULTS else points(row["difference"]))
+        cells.append(f"{row['epoch_seconds']['median']:.2f} s")
+        cells.append(f"{row['training_state_bytes'] / 1e6:.2f} MB")
+        cells.append(f"{row['reward_bits'] / 1e6:.2f} M")
         yield "| " + " | ".join(cells) + " |"
+    for row in read_json(RESULTS / "comparison.json")["supervised"]:
+        accuracies = interval(row["accuracy"]), interval(row["test_accuracy"])
+        yield "| " + " | ".join([row["name"], "cross-entropy", *accuracies, *[""] * 4]) + " |"
 
 
 def strong_rows():
     """The same for the settings that were tuned."""
-    results = read_json(RESULTS / "comparison.json")
-    for row in (results["strong"], results["equal_feedback"]):
-        cells = [row["name"], f"`{row['command']}`"]
+    rows = comparison_rows()
+    for name in TUNED:
+        row = rows[name]
+        cells = [name, f"`{row['command']}`"]
         cells += [interval(row["accuracy_by_epoch"][4]), interval(row["accuracy"])]
         cells += [interval(row["test_accuracy"]), f"{row['epoch_seconds']['median']:.2f} s"]
         cells += [f"{row['reward_bits'] / 1e6:.2f} M"]
         yield "| " + " | ".join(cells) + " |"
+
+
+def published_rows():
+    """A table row for each method of the study that benchmarks/published.py ran again."""
+    for row in read_json(RESULTS / "published.json")["rows"]:
+        published, seeds = row["published_test_error"], row["test_error"]["by_seed"]
+        cells = [row["name"], f"{published:.1%}" if published else "", interval(row["test_error"])]
+        yield f"| {' | '.join(cells)} | {min(seeds):.1%} to {max(seeds):.1%} |"
 
 
 def fault_rows():
@@ -242,6 +264,14 @@ CHINESE = {  # the names of rows that README_ch.md translates
     "RLOO, G = 8": "RLOO，G = 8",
     "Dr. GRPO, G = 8": "Dr. GRPO，G = 8",
     "DAPO, G = 8": "DAPO，G = 8",
+    "MaxRL, G = 8": "MaxRL，G = 8",
+    "MaxRL, no baseline, G = 8": "MaxRL，沒有基準，G = 8",
+    "DG, K = 1": "DG，K = 1",
+    "DG, K = 4": "DG，K = 4",
+    "KL penalty, exact": "KL 懲罰，精確值",
+    "KL penalty, k3": "KL 懲罰，k3",
+    "KL penalty, k3_corrected": "KL 懲罰，k3_corrected",
+    "labels, tuned": "標籤，經過調校",
     "labels, batch 1024": "標籤，每批 1024 張",
     "labels, batch 64": "標籤，每批 64 張",
     "cross-entropy": "交叉熵",
@@ -317,7 +347,8 @@ def in_chinese(row):
 def test_the_tables_are_the_committed_results(readme):
     """Every result in its place, and no other table with figures of accuracy or time."""
     expected = [update_rows(), ratio_rows(), eight_rows(), algorithm_rows(), breaking_rows()]
-    expected += [accuracy_rows(), circulating_rows(), strong_rows(), speed_rows(), program_rows()]
+    expected += [accuracy_rows(), circulating_rows(), strong_rows(), published_rows()]
+    expected += [speed_rows(), program_rows()]
     expected += map(growth_rows, read_json(RESULTS / "growth.json")["growth"])
     expected += [fault_rows(), device_rows(), death_rows()]
     expected = [list(rows) for rows in expected]
@@ -380,17 +411,8 @@ def test_the_results_reach_what_was_asked_for():
     assert defaults["accuracy"]["min"] > 0.97
     assert defaults["mean_test_accuracy"] >= 0.97
     assert 0.7 < original["mean_accuracy"] < 0.9
-    comparison = read_json(RESULTS / "comparison.json")
-    assert len(comparison["algorithms"]) >= 9
-    for row in [comparison["strong"], comparison["equal_feedback"], *comparison["algorithms"]]:
-        assert len(row["test_accuracy"]["by_seed"]) == 5
-    strong, (_, labels) = comparison["strong"]["test_accuracy"], comparison["supervised"]
-    assert strong["mean"] + strong["interval_95"] > labels["test_accuracy"]["mean"] > 0.98
-    assert comparison["strong"]["accuracy_by_epoch"][4]["mean"] >= 0.9734
-    assert comparison["equal_feedback"]["test_accuracy"]["mean"] >= 0.98
-    assert comparison["equal_feedback"]["reward_bits"] <= 1_000_000
-    assert comparison["ratio_64_answers_to_1"]["median"] <= 1.3
-    assert min(comparison["algorithms"][0]["test_accuracy"]["by_seed"]) < 0.88
+    check_comparison()
+    check_published()
     check_speed()
     check_devices()
     check_what_was_broken()
@@ -398,6 +420,54 @@ def test_the_results_reach_what_was_asked_for():
     assert all(row["kept"] == row["tried"] for row in faults.values())
     assert faults["SIGKILL at a random moment"]["tried"] == 50
     assert faults["one bit of the newest checkpoint flipped"]["tried"] == 200
+
+
+def check_comparison():
+    comparison, rows = read_json(RESULTS / "comparison.json"), comparison_rows()
+    assert list(rows) == [*ALGORITHMS, *TUNED]
+    for name, flags in (ALGORITHMS | TUNED).items():
+        assert rows[name]["command"] == f"python grpo_mnist.py {flags}".strip()
+        by_seed = rows[name]["test_accuracy"]["by_seed"]
+        assert len(by_seed) == (10 if name in TUNED else 5)
+        if name in ALGORITHMS:
+            others = rows[DEFAULTS]["test_accuracy"]["by_seed"]
+            pairs = [one - other for one, other in zip(by_seed, others, strict=True)]
+            assert np.allclose(rows[name]["difference"]["by_seed"], pairs)
+    strong, equal = rows["strong setting"], rows["equal feedback"]
+    assert strong["test_accuracy"]["mean"] >= 0.984
+    assert strong["accuracy_by_epoch"][4]["mean"] >= 0.9734
+    assert equal["test_accuracy"]["mean"] >= 0.982
+    assert equal["reward_bits"] <= 1_000_000
+    assert "--num-generations" not in equal["command"]
+    assert comparison["ratio_64_answers_to_1"]["median"] <= 1.3
+    assert min(rows["REINFORCE, K = 1"]["test_accuracy"]["by_seed"]) < 0.88
+    tuned = read_json(RESULTS / "tuning.json")
+    assert len(tuned["labels"]) == len(tuned["10 epochs"])
+    for kind, row in (("10 epochs", strong), ("1,000,000 reward bits", equal)):
+        candidate = tuning.taken(kind, tuned[kind])["candidate"]
+        # 16 passes over 60,000 images, as the 20 over 50,000: at most 1,000,000 answers.
+        flags = candidate.replace("--num-epochs 20", "--num-epochs 16")
+        assert row["command"] == f"python grpo_mnist.py {flags}"
+    candidate = tuning.taken("labels", tuned["labels"])["candidate"]
+    assert candidate.items() <= comparison["supervised"][-1].items()
+
+
+def lost_a_digit():
+    """How many seeds of the published study's methods ended without one of the digits."""
+    rows = read_json(RESULTS / "published.json")["rows"]
+    return {r["name"]: sum(error > 0.13 for error in r["test_error"]["by_seed"]) for r in rows}
+
+
+def check_published():
+    published = read_json(RESULTS / "published.json")
+    assert published["reward_bits"] == 1_000_000
+    for row in published["rows"]:
+        error = row["test_error"]
+        assert len(error["by_seed"]) == 20
+        assert all(each < 0.061 or each > 0.13 for each in error["by_seed"])
+        if row["published_test_error"]:
+            assert abs(error["mean"] - row["published_test_error"]) < error["interval_95"]
+    assert lost_a_digit()["DG"] == lost_a_digit()["TPO"] == 0
 
 
 def check_what_was_broken():
@@ -422,9 +492,7 @@ def check_what_was_broken():
         assert max(counts) == sum(counts)
     for name in ("entropy", "grad_norm", "loss"):
         assert np.allclose(dead["by_epoch"][name][1:], 0, atol=1e-6)
-    algorithms = {
-        row["command"]: row for row in read_json(RESULTS / "comparison.json")["algorithms"]
-    }
+    algorithms = {row["command"]: row for row in comparison_rows().values()}
     for row in rows.values():  # the same command gave the same figures
         if row["command"] in algorithms:
             for metric in ("accuracy", "test_accuracy"):
@@ -468,14 +536,15 @@ def tutorial_figures():
         for name in ("comparison", "speed", "growth", "one_update", "breaking")
     )
     machine = read_json(RESULTS / "accuracy.json")
-    algorithms = {row["name"]: row for row in comparison["algorithms"]}
+    algorithms = comparison_rows()
+    strong, equal = algorithms["strong setting"], algorithms["equal feedback"]
     networks = grpo_mnist.create_state(Config(baseline="critic")).networks
     actor, critic = (sum(x.size for x in jax.tree.leaves(network)) for network in networks)
     megabytes = {
         name: f"{algorithms[name]['training_state_bytes'] / 1e6:.2f}"
         for name in ("batch-mean GRPO", "PPO with critic")
     }
-    labels = interval(comparison["supervised"][1]["test_accuracy"])
+    labels = interval(comparison["supervised"][-1]["test_accuracy"])
     digits_end = digits["runs"][0]
     figures = {
         "CORES": f"{machine['cores']}",
@@ -491,9 +560,16 @@ def tutorial_figures():
         "PPO_MB": megabytes["PPO with critic"],
         "RATIO_64": f"{comparison['ratio_64_answers_to_1']['median']:.2f}",
         "LABELS_TEST": labels,
-        "STRONG_TEST": interval(comparison["strong"]["test_accuracy"]),
-        "EQUAL_ERROR": f"{1 - comparison['equal_feedback']['test_accuracy']['mean']:.2%}",
-        "BITS": f"{comparison['equal_feedback']['reward_bits']:,}",
+        "STRONG_TEST": interval(strong["test_accuracy"]),
+        "STRONG_MINUS_LABELS": points(comparison["strong_minus_labels"]),
+        "EQUAL_ERROR": f"{1 - equal['test_accuracy']['mean']:.2%}",
+        "BITS": f"{equal['reward_bits']:,}",
+        "TPO_POINTS": points(algorithms["TPO"]["difference"]),
+        "DG_POINTS": points(algorithms["DG, K = 4"]["difference"]),
+        "K3_POINTS": points(algorithms["KL penalty, k3"]["difference"]),
+        "CISPO_LOST": f"{sum(x < 0.88 for x in algorithms['CISPO']['test_accuracy']['by_seed'])}",
+        "PG_LOST": f"{lost_a_digit()['PG']}",
+        "GRPO_LOST": f"{lost_a_digit()['GRPO']}",
         "SPEED_N": f"{speed['rows'][0]['epoch_seconds']['ours']['n']}",
         "S_WE": f"{growth['growth']['width']['slopes']['at_the_end']:.2f}",
     }
@@ -553,6 +629,9 @@ AROUND = {
     "DIGITS_SECONDS": ("{} seconds. MNIST can", "需時 {} 秒。MNIST"),
     "GRPO_MB": ("take {} MB instead of", "動差共占 {} MB"),
     "SPEED_N": ("(range) of {} rounds", "共測量 {} 次"),
+    "CISPO_LOST": ("{} of its five seeds ends below 88%", "五個種子裡有 {} 個不到 88%"),
+    "PG_LOST": ("{} of the 20 seeds of PG", "PG 有 {} 個種子"),
+    "GRPO_LOST": ("and {} of those of GRPO", "GRPO 有 {} 個"),
     "JIT_4": ("without jit it takes {} times as long", "沒有 jit 則要花 {} 倍"),
     "JIT_1": ("and {}. (With one round", "與 {}。（只更新一輪"),
     "WHOLE_TORCH": ("The whole run takes {} times", "加 DataLoader 的 {} 倍、加索引"),
