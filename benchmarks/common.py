@@ -157,6 +157,13 @@ def spread(values):
     }
 
 
+def over_seeds(by_seed):
+    """A figure's mean over the seeds, with its 95% interval and each seed's own."""
+    figures = grpo_mnist.over_seeds({"accuracy": by_seed})
+    interval = figures["interval_95"]["accuracy"]
+    return {"mean": figures["accuracy"], "interval_95": interval, "by_seed": list(by_seed)}
+
+
 def write_results(name, results):
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

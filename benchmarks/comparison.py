@@ -25,6 +25,7 @@ from common import (
     finished_run,
     grpo_mnist,
     library_versions,
+    over_seeds,
     parse_options,
     run_epoch,
     spread,
@@ -255,10 +256,7 @@ def finish_curves(axes):
 def differences(row, other):
     """The test accuracy of a row minus another's, seed by seed, with mean and interval."""
     pairs = zip(row["test_accuracy"]["by_seed"], other["test_accuracy"]["by_seed"], strict=True)
-    by_seed = np.array([one - two for one, two in pairs])
-    figures = grpo_mnist.over_seeds({"accuracy": by_seed})
-    interval = figures["interval_95"]["accuracy"]
-    return {"mean": figures["accuracy"], "interval_95": interval, "by_seed": by_seed.tolist()}
+    return over_seeds([one - two for one, two in pairs])
 
 
 def main():
