@@ -1022,16 +1022,16 @@ def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
     yield "dynamic_sampling", c.compares_answers or not c.dynamic_sampling, f"on only {where}"
     yield "clip_epsilon", 0 < c.clip_epsilon < 1, "above 0 and below 1"
     tpo, loss = c.loss_type == "tpo", f"with --loss-type {c.loss_type}"
-    yield "loss_type", not (tpo and c.compares_answers), f"another {where}"
+    yield "loss_type", not (tpo and c.compares_answers), f"left out {where}"
     yield "num_generations", not (tpo and several), f"1 {loss}"
-    yield "baseline", not (tpo and c.baseline == "none"), f"another {loss}"
+    yield "baseline", not (tpo and c.baseline == "none"), f"left out {loss}"
     allowed = c.scale_rewards != "mean" or c.baseline in ("group", "none")
     yield "baseline", allowed, "group or none with --scale-rewards mean"
     yield "dynamic_sampling", not (c.loss_type == "dg" and c.dynamic_sampling), f"off {loss}"
     yield "clip_epsilon", c.loss_type == "ppo_clip" or c.clip_epsilon == 0.2, f"left out {loss}"
     bounded, given = c.loss_type in ("ppo_clip", "cispo"), c.clip_epsilon_high is not None
     yield "clip_epsilon_high", bounded or not given, f"left out {loss}"
-    yield "clip_epsilon_high", given or c.loss_type != "cispo", f"a number {loss}"
+    yield "clip_epsilon_high", given or c.loss_type != "cispo", f"given, such as 4, {loss}"
     for name, unused in (("kl_estimator", "exact"), ("ref_sync_epochs", 0)):
         yield name, c.beta > 0 or getattr(c, name) == unused, f"{unused} while --beta is 0"
     yield "data_dir", not c.data_dir.is_file(), "a directory"

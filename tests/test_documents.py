@@ -564,6 +564,7 @@ def tutorial_figures():
         "STRONG_MINUS_LABELS": points(comparison["strong_minus_labels"]),
         "EQUAL_ERROR": f"{1 - equal['test_accuracy']['mean']:.2%}",
         "BITS": f"{equal['reward_bits']:,}",
+        "CRITIC_POINTS": points(algorithms["PPO with critic"]["difference"]),
         "TPO_POINTS": points(algorithms["TPO"]["difference"]),
         "DG_POINTS": points(algorithms["DG, K = 4"]["difference"]),
         "K3_POINTS": points(algorithms["KL penalty, k3"]["difference"]),
