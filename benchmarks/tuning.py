@@ -169,8 +169,7 @@ def held_out(dataset):
 
 def start_worker(data_dir, cores):
     """Gives this process a core and the data; JAX has not looked at the machine yet."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
+    os.sched_setaffinity(0, {cores.get()})
     start_worker.dataset = held_out(grpo_mnist.load_dataset("mnist", data_dir))
 
 

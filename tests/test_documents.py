@@ -449,7 +449,12 @@ def check_comparison():
         flags = candidate.replace("--num-epochs 20", "--num-epochs 16")
         assert row["command"] == f"python grpo_mnist.py {flags}"
     candidate = tuning.taken("labels", tuned["labels"])["candidate"]
-    assert candidate.items() <= comparison["supervised"][-1].items()
+    labels, against = comparison["supervised"][-1], comparison["strong_minus_labels"]
+    assert candidate.items() <= labels.items()
+    by_seed = (row["test_accuracy"]["by_seed"] for row in (strong, labels))
+    assert np.allclose(against["by_seed"], np.subtract(*by_seed))
+    assert against["mean"] + against["interval_95"] > 0  # as good as the labels, or not told apart
+    assert labels["test_accuracy"]["mean"] > 0.98
 
 
 def lost_a_digit():
