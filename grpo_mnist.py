@@ -22,7 +22,9 @@ epoch are right, and 97.2% of the test images.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import gzip
 import hashlib
 import io
@@ -39,14 +41,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-if __name__ == "__main__":  # A signal during the slow imports ends the program at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # A signal during the imports ends it at once.
+    gc.disable()  # The imports leave no garbage behind, and searching it took a third of them.
+    if os.isatty(2) or not sys.argv[1:]:  # On a terminal, the next line is printed over this one.
+        print("Loading...", end="\r" if os.isatty(2) else "\n", file=sys.stderr, flush=True)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import requests
 import tensorflow_datasets as tfds
 import tyro
 from filelock import FileLock
@@ -459,11 +463,13 @@ def train(config: Config, on_start: Callable[[Path], None] = lambda run_dir: Non
     with lock:
         on_start(run_dir)
         announce(config, facts, dataset, state, history, run_dir)
-        step = compile_step(config, dataset, state)
         with Progress(transient=True, disable=jax.process_index() > 0 or not os.isatty(1)) as bar:
-            steps = len(dataset.train_images) // config.batch_size  # per epoch
-            task = bar.add_task("Training", total=(config.num_epochs - len(history)) * steps)
-            for epoch in range(len(history) + 1, config.num_epochs + 1):
+            task = bar.add_task("Compiling", total=None)
+            step = compile_step(config, dataset, state)
+            epochs = range(len(history) + 1, config.num_epochs + 1)
+            steps = len(epochs) * (len(dataset.train_images) // config.batch_size)
+            bar.reset(task, total=steps, description="Training")
+            for epoch in epochs:
                 epoch_began, step_metrics = time.perf_counter(), []
                 for images, labels in batches(config, dataset, epoch):
                     state, metrics = step(state, images, labels)
@@ -510,24 +516,22 @@ def create_state(config: Config) -> TrainState:
         adam = create_optimizer(config, 1).init(networks)  # for any number of steps
         return TrainState(networks, adam, reference, jnp.zeros(()), jax.random.key_data(key))
 
-    # Less effort compiles in half the time. It was tried on CPUs only.
-    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    create = jit_for_seeds(create, config.num_seeds, compiler_options=quick)
-    return create(np.array(config.seeds, np.uint32))
+    seeds = np.array(config.seeds, np.uint32)
+    return compile_for_seeds(create, seeds)(seeds)
 
 
 def compile_step(config: Config, dataset, state: TrainState) -> Callable:
     """step(state, images, labels) for S seeds, on all devices; it reuses the memory of state."""
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
     step = partial(train_step, optimizer=create_optimizer(config, num_steps), config=config)
-    step = jit_for_seeds(step, config.num_seeds, donate_argnums=0)
     _, by_image = shardings()
 
     def split(batch):
         return [jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch]
 
-    compiled = step.lower(state, *split(next(batches(config, dataset, epoch=1)))).compile()
-    return lambda state, *batch: compiled(state, *split(batch))
+    batch = split(next(batches(config, dataset, epoch=1)))
+    step = compile_for_seeds(step, state, *batch, donate_argnums=0)
+    return lambda state, *batch: step(state, *split(batch))
 
 
 def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
@@ -538,15 +542,20 @@ def create_optimizer(config: Config, num_steps: int) -> optax.GradientTransforma
     return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
 
 
-def jit_for_seeds(function: Callable, num_seeds: int, **options) -> Callable:
-    """jit and vmap over S seeds. One alone is not batched, since such products are slower."""
+def compile_for_seeds(function: Callable, *arguments, **options) -> Callable:
+    """Compiles for S seeds: all at once on accelerators, one by one on CPUs, which is faster."""
+    on_cpu = jax.default_backend() == "cpu"
 
-    def for_one_seed(*arguments):
-        results = function(*jax.tree.map(lambda x: x.squeeze(0), arguments))
-        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), results)
+    def for_seeds(*arguments):
+        if on_cpu or len(arguments[-1]) == 1:  # to the bit, what each gives alone
+            return jax.lax.map(lambda of_one_seed: function(*of_one_seed), arguments)
+        return jax.vmap(function)(*arguments)
 
-    for_seeds = jax.vmap(function) if num_seeds > 1 else for_one_seed
-    return jax.jit(for_seeds, out_shardings=shardings()[0], **options)
+    lowered = jax.jit(for_seeds, out_shardings=shardings()[0], **options).lower(*arguments)
+    compiled = lowered.compile({"xla_backend_optimization_level": 1} if on_cpu else {})  # same bits
+    with contextlib.suppress(AttributeError, TypeError):  # where the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # The process would keep what compiling freed, 200 MB.
+    return compiled
 
 
 def shardings() -> tuple[jax.NamedSharding, jax.NamedSharding]:
@@ -612,11 +621,11 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     if name != "digits":
         try:
             return load_idx_files("mnist" if name == "auto" else name, Path(data_dir))
-        except DataUnavailable as reason:
+        except DataUnavailable:
             if name != "auto":
                 raise
-            say(f"NOTICE: {reason}")
-            say("NOTICE: training on scikit-learn's small digits INSTEAD OF MNIST.")
+            say("NOTICE: MNIST cannot be had; training on scikit-learn's small digits INSTEAD.")
+            say("NOTICE: Connect to the network, or see --dataset mnist for why and what else.")
     return load_digits()
 
 
@@ -654,6 +663,8 @@ def load_idx_files(name: str, data_dir: Path) -> Dataset:
 
 def download(url: str) -> tuple[bytes, str]:
     """Fetches a file: its bytes, none without an answer, and what to report if they are wrong."""
+    import requests
+
     try:  # In threads: looking up a name has no time limit, and those of requests are per read.
         with multiprocessing.pool.ThreadPool(2) as pool:
             asking = pool.apply_async(requests.get, (url,), {"stream": True, "timeout": 3})
@@ -924,11 +935,14 @@ def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: P
     answers, confidences = (np.asarray(x)[0] for x in predict(actor, dataset.test_images))
     wrong = sorted(np.flatnonzero(answers != dataset.test_labels), key=lambda i: -confidences[i])
     right.suptitle(f"Seed {config.seed}: {len(wrong)} of {len(answers)} test images wrong; some:")
-    grid = right.subplots(3, 4, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
-    for axes, index in zip(grid.flat, wrong[:: -(-len(wrong) // 12) or 1], strict=False):
-        axes.imshow(dataset.test_images[index].reshape(28, 28), cmap="gray_r")
+    axes = right.subplots()
+    for place, index in enumerate(wrong[:: -(-len(wrong) // 12) or 1]):
+        x, y = 40 * (place % 4), 40 * (place // 4)
+        image = dataset.test_images[index].reshape(28, 28)
+        axes.imshow(image, cmap="gray_r", extent=(x, x + 28, y + 28, y))
         said = f"{dataset.test_labels[index]}: said {answers[index]}, {confidences[index]:.0%}"
-        axes.set_title(said, fontsize=9)
+        axes.text(x + 14, y - 2, said, fontsize=9, horizontalalignment="center")
+    axes.set(frame_on=False, xticks=(), yticks=(), xlim=(-6, 154), ylim=(112, -12))
     picture = io.BytesIO()
     figure.savefig(picture)
     write_file(run_dir / "curves.png", picture.getvalue())
@@ -1046,5 +1060,6 @@ def rules(c: Config) -> Iterator[tuple[str, bool, str]]:
 if __name__ == "__main__":
     end_at_signals()
     status = main(on_start=end_at_signals)
+    gc.freeze()  # Otherwise the interpreter would look for garbage once more, for half a second.
     leave = os._exit if status and jax.distributed.is_initialized() else sys.exit
     leave(status)  # sys.exit would wait for the other processes.

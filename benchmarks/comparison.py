@@ -11,6 +11,7 @@ by seed. Writes results/comparison.json, and the figures algorithms.png and stro
 """
 
 import dataclasses
+import functools
 import json
 import shlex
 import time
@@ -144,13 +145,16 @@ def teach(settings, dataset):
         updates, adam = optimizer.update(gradients, adam, actor)
         return optax.apply_updates(actor, updates), adam, accuracy
 
-    step = grpo_mnist.jit_for_seeds(step, config.num_seeds, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step_of_each_seed(*arguments):
+        return jax.lax.map(lambda of_one_seed: step(*of_one_seed), arguments)
+
     adam = jax.vmap(optimizer.init)(actor)
     history = []
     for epoch in range(1, config.num_epochs + 1):
         accuracies = []
         for images, labels in grpo_mnist.batches(config, dataset, epoch):
-            actor, adam, accuracy = step(actor, adam, images, labels)
+            actor, adam, accuracy = step_of_each_seed(actor, adam, images, labels)
             accuracies.append(accuracy)
         answers, _ = grpo_mnist.predict(actor, dataset.test_images)
         by_seed = {
