@@ -936,13 +936,12 @@ def plot_curves(config: Config, dataset, actor: Actor, history: list, run_dir: P
     wrong = sorted(np.flatnonzero(answers != dataset.test_labels), key=lambda i: -confidences[i])
     right.suptitle(f"Seed {config.seed}: {len(wrong)} of {len(answers)} test images wrong; some:")
     axes = right.subplots()
-    for place, index in enumerate(wrong[:: -(-len(wrong) // 12) or 1]):
-        x, y = 40 * (place % 4), 40 * (place // 4)
+    for (y, x), index in zip(np.ndindex(3, 4), wrong[:: -(-len(wrong) // 12) or 1], strict=False):
         image = dataset.test_images[index].reshape(28, 28)
-        axes.imshow(image, cmap="gray_r", extent=(x, x + 28, y + 28, y))
+        axes.imshow(image, cmap="gray_r", extent=(x, x + 0.7, y + 0.7, y))
         said = f"{dataset.test_labels[index]}: said {answers[index]}, {confidences[index]:.0%}"
-        axes.text(x + 14, y - 2, said, fontsize=9, horizontalalignment="center")
-    axes.set(frame_on=False, xticks=(), yticks=(), xlim=(-6, 154), ylim=(112, -12))
+        axes.text(x + 0.35, y - 0.05, said, fontsize=9, horizontalalignment="center")
+    axes.set(frame_on=False, xticks=(), yticks=(), xlim=(-0.15, 3.85), ylim=(2.8, -0.3))
     picture = io.BytesIO()
     figure.savefig(picture)
     write_file(run_dir / "curves.png", picture.getvalue())
@@ -1002,15 +1001,16 @@ def parse_flags(argv: list[str] | None) -> Config:
     run_dir = finder.parse_known_args(argv)[0].resume
     defaults = {"default": load_config(run_dir)} if run_dir else {}
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as box:
+        with contextlib.redirect_stderr(io.StringIO()) as box, contextlib.redirect_stdout(box):
             return tyro.cli(Config, args=argv, description=__doc__.splitlines()[0], **defaults)
     except SystemExit as stop:
         if stop.code == 0:  # --help
+            print(box.getvalue())
             raise
-    # tyro explains a mistake in a box, of which the first sentence is kept.
-    text = " ".join(line.strip("| \u2502") for line in box.getvalue().splitlines()[1:])
-    sentence = text.replace("\u2500", "-").partition(" ----------")[0]
-    raise UsageError(sentence.removeprefix("Error parsing Config: ") + " (see --help)")
+    # tyro explains a mistake below a title and a rule; the text up to the next rule is kept.
+    text = " ".join(line.strip() for line in box.getvalue().splitlines()[2:])
+    sentence = text.partition(" ----------")[0].removeprefix("Error parsing Config: ")
+    raise UsageError(f"{sentence} (see --help)")
 
 
 def rules(c: Config) -> Iterator[tuple[str, bool, str]]:

@@ -1,5 +1,6 @@
 """What the program says and leaves behind when it is asked wrongly, fails, or is stopped."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -287,6 +288,45 @@ def test_a_signal_during_the_imports_ends_the_process_as_the_system_does(number,
         output, errors = process.communicate(timeout=20)
     assert (process.returncode, output, errors) == (-number, "", "")
     assert tree(tmp_path) == []
+
+
+def test_without_flags_a_line_comes_before_the_imports(tmp_path):
+    """That the imports go on is seen from the signal, which ends the process as the system does."""
+    with start_program() as process:
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, line, output, errors) == (-signal.SIGINT, "Loading...\n", "", "")
+
+
+def run_on_a_terminal(*flags):
+    """Runs the program on a terminal: its exit status, and what it has sent to the screen."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "grpo_mnist.py"), *flags]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        screen = b""
+        with contextlib.suppress(OSError):  # which is how Linux says that nobody writes any more
+            while received := os.read(ours, 4096):
+                screen += received
+    os.close(ours)
+    return process.returncode, screen.decode()
+
+
+def test_a_terminal_shows_what_is_waited_for():
+    status, screen = run_on_a_terminal("--dataset=digits", "--num-epochs=1", "--batch-size=8192")
+    assert status == 0
+    waiting = ("Loading...\r", "Starting GRPO", "Compiling", "Training", "Epoch 1/1", "completed!")
+    places = [screen.index(words) for words in waiting]
+    assert places == sorted(places)
+
+
+def test_a_wrong_flag_is_one_line_on_a_terminal_too():
+    status, screen = run_on_a_terminal("--num-epochs=0")
+    loading, line, rest = screen.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    assert (status, loading, rest) == (2, "Loading...", "")
+    assert line.startswith("grpo_mnist.py: --num-epochs 0 must be")  # printed over the other one
 
 
 def test_a_signal_while_the_data_are_fetched(tmp_path, monkeypatch):
