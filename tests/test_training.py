@@ -91,7 +91,7 @@ def test_a_run_returns_and_writes_the_same_and_hashes_its_last_parameters(digits
     assert [path.resolve() for path in opened] == [run]
     assert run.name.startswith("digits-0-2")
     output = capsys.readouterr().out
-    assert output.index("INSTEAD OF MNIST") < output.index("Starting GRPO on digits training...")
+    assert output.index("digits INSTEAD.") < output.index("Starting GRPO on digits training...")
     assert "8 steps of 4096 images; 3157 images left over" in output
     history = read_history(run)
     assert history == returned
