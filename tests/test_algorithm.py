@@ -658,8 +658,7 @@ def one_step(dataset, config):
     if config in STEPS:
         return STEPS[config]
     optimizer = grpo_mnist.create_optimizer(config, num_steps=3)
-    with jax.disable_jit():  # op by op: each is compiled once for all the tests
-        before = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config))
+    before = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config))
     before = before._replace(moving_average=jnp.float32(0.3))
     if config.beta > 0:  # as if the actor had moved away from it before
         before = before._replace(reference=jax.tree.map(lambda x: 0.9 * x, before.reference))
