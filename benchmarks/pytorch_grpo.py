@@ -3,9 +3,9 @@
     python benchmarks/pytorch_grpo.py --data-dir DIR
 
 The same network, data, defaults and update, with a DataLoader, or with --indexed with the batches
-indexed out of one tensor. A program of its own, which imports nothing of JAX, prints a line per
-epoch, and evaluates the test images as the other does; it writes nothing. The four MNIST files are
-expected in DIR/downloads/manual.
+indexed out of one tensor; eager, or with --compiled the loss through torch.compile. A program of
+its own, which imports nothing of JAX, prints a line per epoch, and evaluates the test images as the
+other does; it writes nothing. The four MNIST files are expected in DIR/downloads/manual.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def read_mnist(data_dir, part):
 class Learner:
     """The actor, its optimizer, and an epoch of training."""
 
-    def __init__(self, images, labels, num_epochs, num_iterations, indexed):
+    def __init__(self, images, labels, num_epochs, num_iterations, indexed, compiled=False):
         torch.manual_seed(0)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +48,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.actor.parameters(), lr=LEARNING_RATE)
         num_updates = num_epochs * self.steps * num_iterations
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_updates)
+        self.loss = torch.compile(self.eager_loss) if compiled else self.eager_loss
 
     def batches(self):
         if not self.indexed:
@@ -62,6 +63,11 @@ class Learner:
     def policy(self, images):
         return torch.distributions.Categorical(logits=self.actor(images))
 
+    def eager_loss(self, images, actions, old_log_probs, advantages):
+        ratio = torch.exp(self.policy(images).log_prob(actions) - old_log_probs)
+        clipped_ratio = ratio.clamp(1 - CLIP_EPSILON, 1 + CLIP_EPSILON)
+        return -torch.minimum(advantages * ratio, advantages * clipped_ratio).mean()
+
     def step(self, images, labels):
         """One batch; the mean reward, left on the device."""
         images, labels = images.to(self.device).float() / 255, labels.to(self.device)
@@ -72,9 +78,7 @@ class Learner:
             rewards = (actions == labels).float()
             advantages = (rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-8)
         for _ in range(self.num_iterations):
-            ratio = torch.exp(self.policy(images).log_prob(actions) - old_log_probs)
-            clipped_ratio = ratio.clamp(1 - CLIP_EPSILON, 1 + CLIP_EPSILON)
-            loss = -torch.minimum(advantages * ratio, advantages * clipped_ratio).mean()
+            loss = self.loss(images, actions, old_log_probs, advantages)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -100,10 +104,12 @@ def main():
     parser.add_argument("--num-epochs", type=int, default=10)
     parser.add_argument("--num-iterations", type=int, default=4)
     parser.add_argument("--indexed", action="store_true", help="batches without a DataLoader")
+    parser.add_argument("--compiled", action="store_true", help="the loss through torch.compile")
     parser.add_argument("--one-step", action="store_true", help="end after the first step")
     options = parser.parse_args()
     train, test = (read_mnist(options.data_dir, part) for part in ("train", "t10k"))
-    learner = Learner(*train, options.num_epochs, options.num_iterations, options.indexed)
+    schedule = options.num_epochs, options.num_iterations
+    learner = Learner(*train, *schedule, options.indexed, options.compiled)
     if options.one_step:
         print(f"First step: {learner.step(*next(learner.batches())).item():.2%}", flush=True)
         return
