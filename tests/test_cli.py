@@ -356,6 +356,16 @@ def test_a_signal_to_a_run_says_how_to_resume(number, status):
     assert tree("run/checkpoints") == []
 
 
+def test_a_signal_ends_a_run_whose_reader_has_gone():
+    """As with `2>&1 | tee log`, where Ctrl-C ends tee as well."""
+    with start_program("--dataset=digits", *ENDLESS) as process:
+        read_until(process, "Output: ")
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+
+
 def test_two_runs_at_once_do_not_share_a_directory():
     flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=8192", "--output-dir=run")
     processes = [start_program(*flags) for _ in range(2)]

@@ -256,7 +256,10 @@ def test_several_seeds_are_the_same_runs_as_each_alone(digits, capfd):
 def test_an_actor_is_not_loaded_from_where_there_is_none(tmp_path):
     with pytest.raises(UsageError, match=f"{tmp_path} is not the directory of a run"):
         grpo_mnist.load_actor(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"seed": 3}')  # of some other program
+    with pytest.raises(UsageError, match=f"{tmp_path} is not the directory of a run"):
+        grpo_mnist.load_actor(tmp_path)
+    (tmp_path / "config.json").write_text('{"program_sha256": "..."}')
     with pytest.raises(UsageError, match=f"{tmp_path} holds no checkpoint"):
         grpo_mnist.load_actor(tmp_path)
 
