@@ -612,6 +612,8 @@ def tutorial_figures():
         ("TARGET_INDEXED", "target", "ours / pytorch, indexed"),
     ):
         figures[name] = f"{speed[kind]['ratios'][pair]['median']:.2f}"
+    for name, ours in (("CACHED_SECONDS", "ours, cached"), ("FIRST_SECONDS", "ours")):
+        figures[name] = f"{speed['first_step']['seconds'][ours]['median']:.2f}"
     second = update["rounds"][1]
     for name, reward in (("R2_RIGHT", 1), ("R2_WRONG", 0)):
         chosen = zip(second["ratios"], update["rewards"], strict=True)
@@ -657,7 +659,9 @@ AROUND = {
     "JIT_4": ("without jit it takes {} times as long", "沒有 jit 則要花 {} 倍"),
     "JIT_1": ("and {}. (With one round", "與 {}。（只更新一輪"),
     "WHOLE_TORCH": ("The whole run takes {} times", "加 DataLoader 的 {} 倍、加索引"),
-    "CACHED_TORCH": ("the three are {}", "這三個數字是 {}"),
+    "CACHED_TORCH": ("the whole run takes {} and", "整次執行是 {} 倍與"),
+    "CACHED_SECONDS": ("comes after {} s instead", "只要 {} s，而不是"),
+    "FIRST_SECONDS": ("instead of {} s, with", "而不是 {} s，所得"),
     "TARGET_TORCH": ("are right, it takes {} and", "所需時間是 PyTorch 的 {} 倍與"),
     "S_W": ("has a slope of {} in all", "整體斜率為 {}，"),
     "S_S": ("Seeds, slope {}:", "種子數的斜率為 {}："),
