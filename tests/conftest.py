@@ -1,12 +1,15 @@
 """What the tests share: real data where there is some, real processes, nothing of the user's."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from common import run_epoch, state_and_step
 from hypothesis import settings
@@ -29,6 +32,20 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
+
+
+def pytest_configure(config):
+    """What one test has compiled, the next ones find, in this process and in those it starts."""
+    cache = tempfile.TemporaryDirectory()
+    config.add_cleanup(cache.cleanup)
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": cache.name,
+        "JAX_COMPILATION_CACHE_MAX_SIZE": 2**30,  # With a limit, it has a lock.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    }
+    for name, value in settings.items():
+        os.environ[name] = str(value)
+        jax.config.update(name.lower(), value)
 
 
 def pytest_collection_modifyitems(items):

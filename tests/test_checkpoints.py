@@ -22,7 +22,6 @@ from conftest import (
     start_program,
     tree,
 )
-from jax.experimental.compilation_cache import compilation_cache
 
 import grpo_mnist
 from grpo_mnist import UsageError, load_config, main, train
@@ -62,12 +61,7 @@ MISSED_BY = {  # the fault above that must not be survived without it
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
-    """Also makes this process keep what it compiles, as it starts many runs."""
-    laboratory = faults.Laboratory(tmp_path_factory.mktemp("laboratory"))
-    jax.config.update("jax_compilation_cache_dir", str(laboratory.directory / "compiled"))
-    yield laboratory
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    return faults.Laboratory(tmp_path_factory.mktemp("laboratory"))
 
 
 @pytest.fixture(scope="module")

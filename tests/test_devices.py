@@ -20,15 +20,6 @@ FLAGS = ("--dataset=digits", "--num-epochs=6", "--batch-size=4096", "--num-minib
 FLAGS += ("--num-iterations=1", "--output-dir=run")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same programs in many processes: what one has compiled, the next ones find."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return record_layout((1, 1), 1, 1, "digits", tmp_path_factory.mktemp("no-data"))

@@ -202,34 +202,34 @@ ABSENT = {  # the metrics that a loss does not have: null in metrics.jsonl
 
 
 @pytest.mark.parametrize("flags", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_every_algorithm_learns(dataset, flags):
+def test_every_algorithm_learns(digits, flags):
     """One epoch; chance is 10%."""
-    (metrics,) = train_in_memory(dataset, Config(num_epochs=1, **flags))
+    (metrics,) = train_in_memory(digits, Config(num_epochs=1, **flags))
     assert metrics["test_accuracy"] > 0.4
     absent = {"kl", *ABSENT.get(flags.get("loss_type"), ())}
     assert {name for name, value in metrics.items() if value is None} == absent
 
 
 def test_several_seeds_are_the_same_runs_as_each_alone(digits, capfd):
-    """In one compiled program and in five runs: the same figures; on CPUs, the same parameters."""
-    flags = ("--dataset=digits", "--num-epochs=3", "--batch-size=4096", "--num-generations=2")
+    """In one compiled program and in three runs: the same figures; on CPUs, the same parameters."""
+    flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=4096", "--num-generations=2")
     flags += ("--num-iterations=1", "--learning-rate=1e-4")  # so that rounding stays small on a GPU
-    assert grpo_mnist.main([*flags, "--seed=7", "--num-seeds=5", "--output-dir=together"]) == 0
+    assert grpo_mnist.main([*flags, "--seed=7", "--num-seeds=3", "--output-dir=together"]) == 0
     output, errors = capfd.readouterr()
     assert errors == ""
     together = read_history("together")
     digests = read_json("together/summary.json")["by_seed"]["params_sha256"]
-    for index in range(5):
+    for index in range(3):
         assert grpo_mnist.main([*flags, f"--seed={7 + index}", f"--output-dir={index}"]) == 0
         if jax.default_backend() == "cpu":
             assert digests[index] == read_json(f"{index}/summary.json")["params_sha256"]
         alone = read_history(str(index))
-        for one, all_five in zip(alone, together, strict=True):
-            for name, values in all_five["by_seed"].items():
+        for one, all_three in zip(alone, together, strict=True):
+            for name, values in all_three["by_seed"].items():
                 assert values[index] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
     by_seed = np.array([epoch["by_seed"]["accuracy"] for epoch in together])
     for epoch, values, line in zip(together, by_seed, re.findall(r"Epoch .*", output), strict=True):
-        low, high = t.interval(0.95, 4, values.mean(), values.std(ddof=1) / 5**0.5)
+        low, high = t.interval(0.95, 2, values.mean(), values.std(ddof=1) / 3**0.5)
         assert epoch["accuracy"] == pytest.approx((low + high) / 2)
         assert epoch["interval_95"]["accuracy"] == pytest.approx((high - low) / 2)
         assert f"Accuracy: {100 * values.mean():.2f}% +- {100 * (high - low) / 2:.2f}%," in line
@@ -241,15 +241,13 @@ def test_several_seeds_are_the_same_runs_as_each_alone(digits, capfd):
     alone = read_json("0/summary.json")
     assert summary["training_state_bytes"] == alone["training_state_bytes"]
     assert {"interval_95", "by_seed"} & set(alone) == set()
-    assert len(set(digests)) == 5
+    assert len(set(digests)) == 3
     # The actor of each seed can be loaded; the first one's, if none is named.
-    for seed, accuracy in zip(
-        (None, 8, 9, 10, 11), summary["by_seed"]["test_accuracy"], strict=True
-    ):
+    for seed, accuracy in zip((None, 8, 9), summary["by_seed"]["test_accuracy"], strict=True):
         actor = grpo_mnist.load_actor("together", seed)
         assert share_of_right_answers(actor, digits) == pytest.approx(accuracy)
-    for seed in (6, 12):
-        with pytest.raises(UsageError, match=f"together has the seeds 7 to 11, not {seed}"):
+    for seed in (6, 10):
+        with pytest.raises(UsageError, match=f"together has the seeds 7 to 9, not {seed}"):
             grpo_mnist.load_actor("together", seed)
 
 
@@ -291,17 +289,15 @@ def test_a_baseline_and_a_reward_of_ones_own_are_one_entry_each(tmp_path):
 
 def test_a_compilation_cache_changes_no_bit(tmp_path):
     """As the README switches it on: filled by one run, and only read by the next."""
-    flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=4096")
-    assert grpo_mnist.main([*flags, "--output-dir=without"]) == 0
-    cache = tmp_path / "cache"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    kept = []
-    for run in ("fills", "reads"):
-        status, _, errors = run_program(*flags, f"--output-dir={run}", env=environment)
+    cache, kept = tmp_path / "cache", []
+    for run, directory in (("without", ""), ("fills", str(cache)), ("reads", str(cache))):
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": directory}
+        flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=4096", f"--output-dir={run}")
+        status, _, errors = run_program(*flags, env=environment)
         assert (status, errors) == (0, "")
-        kept.append({name for name in tree(cache) if not name.endswith("-atime")})
-    assert kept[0] == kept[1] != set()
+        kept.append({name for name in tree(cache) if name.endswith("-cache")})
+    assert kept[0] == set()
+    assert kept[1] == kept[2] != set()
     summaries = [read_json(f"{run}/summary.json") for run in ("without", "fills", "reads")]
     assert len({summary["params_sha256"] for summary in summaries}) == 1
 
