@@ -551,7 +551,7 @@ def compile_for_seeds(function: Callable, *arguments, **options) -> Callable:
         return jax.vmap(function)(*arguments)
 
     lowered = jax.jit(for_seeds, out_shardings=shardings()[0], **options).lower(*arguments)
-    compiled = lowered.compile({"xla_backend_optimization_level": 1} if on_cpu else {})  # sooner
+    compiled = lowered.compile({"xla_backend_optimization_level": 1} if on_cpu else {})  # same bits
     with contextlib.suppress(AttributeError, TypeError):  # where the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)  # The process would keep what compiling freed, 200 MB.
     return compiled
