@@ -1,16 +1,14 @@
-"""What the benchmarks share: where things are, on what they were measured, how they are kept."""
+"""What the benchmarks share: facts about the machine, results, statistics, and workers."""
 
-import argparse
-import contextlib
+import ast
 import datetime
+import hashlib
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,26 +18,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+from scipy.stats import linregress  # noqa: E402
 
 import grpo_mnist  # noqa: E402
-
-
-def parse_options(description, *switches):
-    """--data-dir, without which only --draw can do something; --draw; and further switches."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--data-dir", type=lambda path: Path(path).resolve())
-    for name in ("--draw", *switches):
-        parser.add_argument(name, action="store_true")
-    options = parser.parse_args()
-    if options.data_dir is None and not options.draw:
-        parser.error("--data-dir is missing")
-    return options
-
-
-def library_versions():
-    libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in libraries}
 
 
 def describe_device():
@@ -48,18 +32,111 @@ def describe_device():
 
 def describe_machine():
     """What a reader needs to know to compare figures with their own."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":")[1].strip() if names else processor
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": processor,
+        "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": library_versions(),
+        "versions": {"python": platform.python_version()} | {x: version(x) for x in libraries},
+        "program_sha256": program_sha256((ROOT / "grpo_mnist.py").read_text(encoding="utf-8")),
     }
+
+
+def program_sha256(source_text):
+    """A digest of a program that changes with its code, not with its comments or docstrings."""
+    return hashlib.sha256(json.dumps(syntax(ast.parse(source_text))).encode()).hexdigest()
+
+
+def syntax(node):
+    """A syntax tree as lists, the same in every Python, without docstrings and what is empty."""
+    if isinstance(node, list):
+        return [syntax(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    if has_docstring and ast.get_docstring(node, clean=False) is not None:
+        del node.body[0]
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return [type(node).__name__, *((name, syntax(value)) for name, value in fields)]
+
+
+def write_results(name, results):
+    """Writes results/NAME.json: facts about this measurement, then the figures, to six digits."""
+    facts = describe_machine() | {"command": f"python benchmarks/run.py {name} --data-dir DIR"}
+    figures = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
+    text = lay_out(facts | figures | facts) + "\n"  # not the facts of what is continued
+    grpo_mnist.write_file(RESULTS / f"{name}.json", text.encode())
+    print(f"written: results/{name}.json", flush=True)
+
+
+def lay_out(value, indent=""):
+    """JSON that has whatever is short enough in one line."""
+    line, inner = json.dumps(value), indent + " "
+    if not isinstance(value, dict | list) or (indent and len(line) <= 300):
+        return line
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(name)}: {lay_out(each, inner)}" for name, each in value.items()]
+    else:
+        parts = [lay_out(each, inner) for each in value]
+    return line[0] + ",".join(f"\n{inner}{part}" for part in parts) + f"\n{indent}{line[-1]}"
+
+
+def read_results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def results_to_continue(name, anew=False):
+    """The results that are there, if they are of this program and this machine; else none."""
+    if anew or not (RESULTS / f"{name}.json").exists():
+        return {}
+    there, facts = read_results(name), describe_machine()
+    same = all(there.get(fact) == facts[fact] for fact in facts if fact != "date")
+    return there if same else {}
+
+
+def spread(values):
+    """The median with its range, and how many there were; what is a spread already stays one."""
+    if isinstance(values, dict):
+        return values
+    middle = statistics.median(values)
+    return {"median": middle, "min": min(values), "max": max(values), "n": len(values)}
+
+
+def over_seeds(by_seed):
+    """The mean over the seeds, with its 95% interval by Student's t."""
+    figures = grpo_mnist.over_seeds({"accuracy": by_seed})
+    return {"mean": figures["accuracy"], "interval_95": figures["interval_95"]["accuracy"]}
+
+
+def paired_difference(one, other):
+    """The mean of one minus the other, seed by seed, with its 95% interval."""
+    return over_seeds(np.subtract(one, other))
+
+
+def fit_slope(sizes, times):
+    """The p of time ~ size ** p, by least squares on the logarithms, with its standard error."""
+    fit = linregress(np.log(sizes), np.log(times))
+    return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
+
+
+def camps(by_seed):
+    """Whether the seeds fall into camps, more than 0.05 apart, so that a mean describes none."""
+    return bool((np.diff(np.sort(by_seed)) > 0.05).any())
+
+
+def widen(width):
+    """Gives the networks that are made from now on hidden layers of another width."""
+
+    def __init__(self, in_features, out_features, *, rngs):
+        self.hidden_1 = nnx.Linear(in_features, width, rngs=rngs)
+        self.hidden_2 = nnx.Linear(width, width, rngs=rngs)
+        self.output = nnx.Linear(width, out_features, rngs=rngs)
+
+    grpo_mnist.Network.__init__ = __init__
 
 
 def state_and_step(dataset, config):
@@ -74,36 +151,21 @@ def run_epoch(step, state, batches):
     for images, labels in batches:
         state, metrics = step(state, images, labels)
         step_metrics.append(metrics)
-        if len(step_metrics) % 4 == 0:
-            jax.block_until_ready(step_metrics[-2])
+        jax.block_until_ready(step_metrics[-4:-3])
     return state, step_metrics
 
 
-def mean_accuracy(step_metrics):
-    """The mean over the steps and the seeds; waits for the device."""
-    return float(np.mean([metrics["accuracy"] for metrics in jax.device_get(step_metrics)]))
-
-
-def command_of(flags):
-    return f"python grpo_mnist.py {flags}".strip()
-
-
-@contextlib.contextmanager
-def finished_run(flags, data_dir, num_seeds):
-    """A run of the program on MNIST: yields its directory, and its metrics epoch by epoch."""
-    with tempfile.TemporaryDirectory() as directory:
-        output_dir = Path(directory) / "run"
-        program = [sys.executable, str(ROOT / "grpo_mnist.py"), *shlex.split(flags)]
-        program += [f"--num-seeds={num_seeds}", f"--output-dir={output_dir}"]
-        program += ["--dataset=mnist", f"--data-dir={data_dir}"]
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
-        yield output_dir, [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
-
-
-def final_actor(run_dir, num_seeds):
-    """The actors of the seeds from 0 on, from the last checkpoint of a run, as one with an axis."""
-    actors = [grpo_mnist.load_actor(run_dir, seed) for seed in range(num_seeds)]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *actors)
+def train_in_memory(dataset, config):
+    """The metrics of each epoch, by the main loop's own functions, without printing and files."""
+    state, step = state_and_step(dataset, config)
+    history = []
+    for epoch in range(1, config.num_epochs + 1):
+        began = time.perf_counter()
+        state, metrics = run_epoch(step, state, grpo_mnist.batches(config, dataset, epoch))
+        history.append(grpo_mnist.end_epoch(config, dataset, state, epoch, began, metrics))
+        if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
+            state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
+    return history
 
 
 def prepare_ours(dataset, config):
@@ -114,7 +176,7 @@ def prepare_ours(dataset, config):
         nonlocal state
         stream = grpo_mnist.batches(config, dataset, epoch)
         state, step_metrics = run_epoch(step, state, stream)
-        return mean_accuracy(step_metrics)
+        return float(np.mean([each["accuracy"] for each in jax.device_get(step_metrics)]))
 
     return run_one
 
@@ -145,27 +207,3 @@ def take_turn(worker):
     seconds, accuracy = map(float, worker.stdout.readline().split())
     time.sleep(0.3)  # for threads that spin a while after their work
     return seconds, accuracy
-
-
-def spread(values):
-    """The median with its range, and how many there were."""
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
-
-
-def over_seeds(by_seed):
-    """A figure's mean over the seeds, with its 95% interval and each seed's own."""
-    figures = grpo_mnist.over_seeds({"accuracy": by_seed})
-    interval = figures["interval_95"]["accuracy"]
-    return {"mean": figures["accuracy"], "interval_95": interval, "by_seed": list(by_seed)}
-
-
-def write_results(name, results):
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(describe_machine() | results, indent=2) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")

@@ -11,69 +11,55 @@ the digits: how soon the others stop, what they say, and whether the run, starte
 """
 
 import argparse
-import dataclasses
 import itertools
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-from common import ROOT, grpo_mnist, spread, state_and_step, write_results
+from common import ROOT, grpo_mnist, state_and_step, write_results
 
+PROGRAM = str(ROOT / "grpo_mnist.py")
 LAYOUTS = ((2, 1), (8, 1), (2, 2), (4, 4))  # devices in all, processes
 VICTIMS = ((2, 1), (2, 0), (4, 3), (4, 0))  # processes, the one that is killed
+STEPS = {1: 1, 4: None}  # how many steps are recorded, by rounds per batch; None: an epoch
 FLAGS = ("--dataset=digits", "--num-epochs=3", "--output-dir=run")
 
 
-def record(dataset_name, data_dir, num_seeds, num_steps, path, flags):
+def record(flags, num_steps, directory):
     """A process of a run: samples as the step will, then takes it; the first one writes it down."""
-    given = grpo_mnist.parse_flags(flags)
-    grpo_mnist.start_jax(given)
-    dataset = grpo_mnist.load_dataset(dataset_name, data_dir)
-    seen = {
-        f"rounds_{rounds}_seed_{seed}_{name}": values
-        for rounds, steps in ((1, 1), (given.num_iterations, num_steps))
-        for seed in range(num_seeds)
-        for name, values in record_steps(
-            dataset, dataclasses.replace(given, num_iterations=rounds, seed=seed), steps
-        ).items()
-    }
-    if jax.process_index() == 0:
-        np.savez(path, **seen)
-
-
-def record_steps(dataset, config, num_steps):
-    """The answers and rewards of steps, their accuracy, and the parameters after the first."""
+    config = grpo_mnist.parse_flags(flags)
+    grpo_mnist.start_jax(config)
+    dataset = grpo_mnist.load_dataset(config.dataset, config.data_dir)
     state, step = state_and_step(dataset, config)
-    on_each_device, by_image = grpo_mnist.shardings()
+    everywhere, by_image = grpo_mnist.shardings()
 
-    def sample(state, images, labels):
-        state = jax.tree.map(lambda x: x.squeeze(0), state)
+    def answer(of_one_seed):
+        state, images, labels = of_one_seed
         key = jax.random.split(state.key)[1]  # as train_step does
-        rollout = grpo_mnist.sample_rollout(state, images[0], labels[0], key, config)
-        return rollout.actions, rollout.rewards
+        rollout = grpo_mnist.sample_rollout(state, images, labels, key, config)
+        return {"actions": rollout.actions, "rewards": rollout.rewards}
 
-    placed = (on_each_device, by_image, by_image)
-    sample = jax.jit(sample, in_shardings=placed, out_shardings=on_each_device)
-    seen = {"actions": [], "rewards": [], "accuracy": []}
+    sample = jax.jit(partial(jax.lax.map, answer), out_shardings=everywhere)
+    steps = []
     for batch in itertools.islice(grpo_mnist.batches(config, dataset, epoch=1), num_steps):
-        shares = (jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch)
-        actions, rewards = sample(state, *shares)
-        seen["actions"].append(np.asarray(actions))
-        seen["rewards"].append(np.asarray(rewards))
+        shares = [jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch]
+        steps.append(sample((state, *shares)))
         state, metrics = step(state, *batch)
-        seen["accuracy"].append(metrics["accuracy"].item())
-        if "parameters" not in seen:
-            flat = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(state.networks)]
-            seen["parameters"] = np.concatenate(flat)
-    return seen
+        steps[-1]["accuracy"] = metrics["accuracy"]
+        if len(steps) == 1:
+            leaves = map(np.asarray, jax.tree.leaves(state.networks))
+            parameters = np.concatenate([x.reshape(config.num_seeds, -1) for x in leaves], axis=1)
+    seen = jax.tree.map(lambda *values: np.stack(values, axis=1), *steps)
+    if jax.process_index() == 0:
+        np.savez(Path(directory) / f"{config.num_iterations}.npz", parameters=parameters, **seen)
 
 
 def environment(devices_each=1):
@@ -82,86 +68,18 @@ def environment(devices_each=1):
     return without_proxies | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
 
 
-def start_processes(command, num_processes, directory=None, devices_each=1, own_flags=None):
+def start_processes(commands, directory=None, devices_each=1):
     """The processes of one run, with the flags that let them meet, and output to read."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = {"cwd": directory, "env": environment(devices_each), "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes = []
-    for number in range(num_processes):
-        flags = [f"--coordinator-address={address}", f"--num-processes={num_processes}"]
-        flags = [*flags, f"--process-id={number}"] if num_processes > 1 else []
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command, *flags, *(own_flags[number] if own_flags else ())],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=directory,
-                env=environment(devices_each),
-            )
-        )
+    for number, command in enumerate(commands):
+        flags = [f"--coordinator-address={address}", f"--num-processes={len(commands)}"]
+        flags = [*flags, f"--process-id={number}"] if len(commands) > 1 else []
+        processes.append(subprocess.Popen([sys.executable, *command, *flags], **options))
     return processes
-
-
-def record_layout(layout, num_seeds, num_steps, dataset_name, data_dir):
-    """What record has written of runs on so many devices, in so many processes."""
-    num_devices, num_processes = layout
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "run.npz"
-        command = [__file__, "--record", str(path), "--seeds", str(num_seeds)]
-        command += ["--steps", str(num_steps), "--dataset", dataset_name]
-        command += ["--data-dir", str(data_dir)]
-        each = num_devices // num_processes
-        for _, errors, status in finish(start_processes(command, num_processes, None, each), 600):
-            if status:
-                raise RuntimeError(errors)
-        return dict(np.load(path))
-
-
-def compare(layout, one, other, num_seeds, rounds=4):
-    """A row of the table: what is equal to the runs on one device, and how far the rest is off."""
-
-    def both(name, rounds=rounds):
-        return (
-            np.array([each[f"rounds_{rounds}_seed_{seed}_{name}"] for seed in range(num_seeds)])
-            for each in (one, other)
-        )
-
-    def equal(name):
-        return all(
-            bool((here[:, 0] == there[:, 0]).all())
-            for here, there in (both(name), both(name, rounds=1))
-        )
-
-    def differences(rounds):
-        here, there = both("parameters", rounds)
-        off = np.abs(here - there)
-        return {
-            "largest_by_seed": off.max(axis=1).tolist(),
-            "share_beyond_1e-6_by_seed": (off > 1e-6).mean(axis=1).tolist(),
-        }
-
-    here, there = both("actions")
-    flipped = (here != there).sum(axis=(2, 3))  # (seeds, steps)
-    accuracy, other_accuracy = both("accuracy")
-    return {
-        "devices": layout[0],
-        "processes": layout[1],
-        "first_step": {
-            "actions_equal": equal("actions"),
-            "rewards_equal": equal("rewards"),
-            "parameters_after_1_round": differences(1),
-            f"parameters_after_{rounds}_rounds": differences(rounds),
-        },
-        "epoch": {
-            "difference_by_seed": (other_accuracy - accuracy).mean(axis=1).tolist(),
-            "steps": flipped.shape[1],
-            "first_step_with_a_flip_by_seed": [
-                int(np.argmax(of_seed > 0)) + 1 if of_seed.any() else None for of_seed in flipped
-            ],
-            "share_of_answers_flipped_by_seed": (flipped.sum(axis=1) / here[0].size).tolist(),
-        },
-    }
 
 
 def finish(processes, timeout=150):
@@ -171,86 +89,94 @@ def finish(processes, timeout=150):
     finally:
         for process in processes:
             process.kill()
-    return [
-        (output, errors, process.returncode)
-        for (output, errors), process in zip(spoken, processes, strict=True)
-    ]
+    return [(*each, process.returncode) for each, process in zip(spoken, processes, strict=True)]
+
+
+def record_layout(layout, data_dir):
+    """What record has written of runs on so many devices, in so many processes, by rounds."""
+    num_devices, num_processes = layout
+    with tempfile.TemporaryDirectory() as directory:
+        command = [__file__, f"--data-dir={data_dir}", f"--record={directory}"]
+        each = num_devices // num_processes
+        processes = start_processes([command] * num_processes, devices_each=each)
+        for _, errors, status in finish(processes, timeout=600):
+            if status:
+                raise RuntimeError(errors)
+        return {rounds: dict(np.load(Path(directory) / f"{rounds}.npz")) for rounds in STEPS}
+
+
+def compare(layout, one, other):
+    """A row of the table: what is equal to the runs on one device, and how far the rest is off."""
+    first_step = {}
+    for name in ("actions", "rewards"):
+        pairs = [(one[rounds][name][:, 0], other[rounds][name][:, 0]) for rounds in one]
+        first_step[f"{name}_equal"] = all(bool((here == there).all()) for here, there in pairs)
+    for rounds in one:
+        off = np.abs(one[rounds]["parameters"] - other[rounds]["parameters"]).max(axis=1)
+        name = f"parameters_after_{rounds}_round{'s' if rounds > 1 else ''}"
+        first_step[name] = {"largest_by_seed": off.tolist()}
+    flipped = (one[rounds]["actions"] != other[rounds]["actions"]).mean(axis=(2, 3))
+    steps = [np.flatnonzero(of_seed) + 1 for of_seed in flipped]
+    accuracy = other[rounds]["accuracy"] - one[rounds]["accuracy"]  # (seeds, steps)
+    row = {
+        "devices": layout[0],
+        "processes": layout[1],
+        "first_step": first_step,
+        "epoch": {
+            "difference_by_seed": accuracy.mean(axis=1).tolist(),
+            "first_step_with_a_flip_by_seed": [next(iter(x.tolist()), None) for x in steps],
+            "share_of_answers_flipped_by_seed": flipped.mean(axis=1).tolist(),
+        },
+    }
+    print(row, flush=True)
+    return row
 
 
 def params_sha256(output):
     return re.search(r"^params_sha256: (\w+)$", output, re.MULTILINE)[1]
 
 
-def kill(num_processes, victim, undisturbed):
-    """Kills one process in the second epoch: seconds until the last other has ended, and how."""
+def kill(num_processes, victim, repeats=3):
+    """A row of the table of deaths: seconds until the last other process has ended, and how."""
     with tempfile.TemporaryDirectory() as directory:
-        program = str(ROOT / "grpo_mnist.py")
-        processes = start_processes([program, *FLAGS], num_processes, directory)
-        for line in processes[0].stdout:
-            if line.startswith("Epoch 1/"):
-                break
-        time.sleep(0.5)
-        processes[victim].send_signal(signal.SIGKILL)
-        began = time.perf_counter()
-        ended = finish(processes)
-        seconds = time.perf_counter() - began
-        others = [each for number, each in enumerate(ended) if number != victim]
-        spoke = ["grpo_mnist.py: " in errors for _, errors, _ in others]
-        resumed = finish(start_processes([program, "--resume=run"], num_processes, directory))
-        same = params_sha256(resumed[0][0]) == undisturbed
-        return {
-            "processes": num_processes,
-            "killed": victim,
-            "seconds": seconds,
-            "own_line": spoke,
-            "resumed_to_the_same_result": same,
-        }
+        undisturbed, *_ = finish(start_processes([[PROGRAM, *FLAGS]] * num_processes, directory))
+    row = {"processes": num_processes, "killed": victim, "seconds": []}
+    row |= dict.fromkeys(("others", "others_with_own_line", "resumed", "same_result"), 0)
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as directory:
+            processes = start_processes([[PROGRAM, *FLAGS]] * num_processes, directory)
+            next(line for line in processes[0].stdout if line.startswith("Epoch 1/"))
+            time.sleep(0.5)
+            processes[victim].kill()
+            began = time.perf_counter()
+            ended = finish(processes)
+            row["seconds"].append(time.perf_counter() - began)
+            again = start_processes([[PROGRAM, "--resume=run"]] * num_processes, directory)
+            resumed, *_ = finish(again)
+        del ended[victim]
+        row["others"] += len(ended)
+        row["others_with_own_line"] += sum("grpo_mnist.py: " in errors for _, errors, _ in ended)
+        row["resumed"] += 1
+        row["same_result"] += params_sha256(resumed[0]) == params_sha256(undisturbed[0])
+    print(row, flush=True)
+    return row
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=3, help="kills of each victim")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=58, help=argparse.SUPPRESS)
-    parser.add_argument("--dataset", default="mnist", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     data_dir = options.data_dir.resolve()
     if options.record:
-        size = options.seeds, options.steps
-        record(options.dataset, data_dir, *size, options.record, flags)
+        flags += ["--dataset=mnist", f"--data-dir={data_dir}", "--num-seeds=5"]
+        for rounds, num_steps in STEPS.items():
+            record([*flags, f"--num-iterations={rounds}"], num_steps, options.record)
         return
-    rows = []
-    what = options.seeds, options.steps, options.dataset, data_dir
-    alone = record_layout((1, 1), *what)
-    for layout in LAYOUTS:
-        rows.append(compare(layout, alone, record_layout(layout, *what), options.seeds))
-        print(rows[-1], flush=True)
-    program = str(ROOT / "grpo_mnist.py")
-    deaths = []
-    undisturbed = {}
-    for num_processes, victim in VICTIMS:
-        if num_processes not in undisturbed:
-            with tempfile.TemporaryDirectory() as directory:
-                first, *_ = finish(start_processes([program, *FLAGS], num_processes, directory))
-                undisturbed[num_processes] = params_sha256(first[0])
-        kills = [
-            kill(num_processes, victim, undisturbed[num_processes]) for _ in range(options.repeats)
-        ]
-        deaths.append(
-            {
-                "processes": num_processes,
-                "killed": victim,
-                "seconds": spread([each["seconds"] for each in kills]),
-                "others": sum(len(each["own_line"]) for each in kills),
-                "others_with_own_line": sum(sum(each["own_line"]) for each in kills),
-                "resumed": len(kills),
-                "same_result": sum(each["resumed_to_the_same_result"] for each in kills),
-            }
-        )
-        print(deaths[-1], flush=True)
-    write_results("devices", {"same": rows, "killed": deaths})
+    alone = record_layout((1, 1), data_dir)
+    same = [compare(layout, alone, record_layout(layout, data_dir)) for layout in LAYOUTS]
+    killed = [kill(*victim) for victim in VICTIMS]
+    write_results("devices", {"same": same, "killed": killed})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """What becomes of a run when it is killed, its disk fails, or its files are damaged.
 
-    python benchmarks/faults.py
-
-Every fault happens to a real process that trains on scikit-learn's digits; then the run is
-continued at once by another one, which finds the directory's lock free, and must end as the run
-that nothing happened to: the same params_sha256, the same metrics.jsonl but for the times, the same
-files. Writes results/faults.json, in about 45 minutes; what that has already for this very program
-is not tried again. tests/test_checkpoints.py tries fewer of the same.
+The runs train on scikit-learn's digits. After each fault the run is continued at once, by another
+process, and must end as the run to which nothing happened: with the same params_sha256, the same
+metrics but for the times, and the same files. Writes results/faults.json; what that has already for
+this very program is not tried again. tests/test_checkpoints.py tries fewer of the same.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -16,267 +14,201 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
+from unittest import mock
 
 import numpy as np
-from common import RESULTS, ROOT, library_versions, write_results
+from common import ROOT, results_to_continue, write_results
 
-PROGRAM = ROOT / "grpo_mnist.py"
-FRAGILE_DISK = ROOT / "benchmarks" / "fragile_disk.py"
+import grpo_mnist
+
 # Short, and with everything in it that a checkpoint can hold.
 FLAGS = (
     *("--dataset=digits", "--num-epochs=3", "--batch-size=8192", "--num-iterations=2"),
     *("--baseline=critic", "--beta=0.01", "--ref-sync-epochs=2", "--output-dir=run"),
 )
-AT_ONCE = 2  # seconds
-NOT_A_NUMBER = {
-    "parameters": """
-compile_step = grpo_mnist.compile_step
-def compile_with_a_hole(*arguments):
-    step = compile_step(*arguments)
-    def with_a_hole(state, *batch):
-        if state.optimizer_state.count == 8:  # once, at the beginning of the second epoch
-            bias = state.networks.actor.output.bias
-            bias[...] = bias[...] * float("nan")
-        return step(state, *batch)
-    return with_a_hole
-grpo_mnist.compile_step = compile_with_a_hole
-""",
-    "gradients": """
-import jax, jax.numpy as jnp, optax
-create = grpo_mnist.create_optimizer
-def create_optimizer(*arguments):
-    adam = create(*arguments)
-    def update(gradients, state):
-        factor = jnp.where(state.count == 11, jnp.nan, 1.0)  # once, in the second epoch
-        return adam.update(jax.tree.map(lambda x: factor * x, gradients), state)
-    return optax.GradientTransformation(adam.init, update)
-grpo_mnist.create_optimizer = create_optimizer
-""",
-    "data": """
-import numpy as np
-batches = grpo_mnist.batches
-def with_a_hole(config, dataset, epoch):
-    for images, labels in batches(config, dataset, epoch):
-        images = images.astype(np.float32)
-        if epoch == 2:
-            images[0, 0, 400] = np.nan
-        yield images, labels
-grpo_mnist.batches = with_a_hole
-""",
-}
+RESUME = ("--resume", "run")
 
 
 class Laboratory:
-    """A directory for the runs, and what the undisturbed one among them came to."""
+    """A directory for runs of a program, and the run among them to which nothing happens."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, flags=FLAGS, in_process=False):
         self.directory = Path(directory)
-        self.environment = os.environ | {"TFDS_DATA_DIR": str(self.directory / "no-data")}
-        # What is compiled is kept here, but for those that are killed or stopped.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled")}
-        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        self.compiled = self.environment | cache
-        self.by_epoch = []  # copies of the directory, as it was after each epoch
+        self.flags = flags
+        self.program = grpo_mnist
+        self.run = self.run_here if in_process else self.run_process
+        self.environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
+            "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # With a limit, it has a lock.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        } | os.environ
+        self.report_epoch = grpo_mnist.report_epoch
         self.finished = self.new_place()
-        began = time.perf_counter()
-        process = self.start(self.finished, *FLAGS)
-        for line in process.stdout:
-            if line.startswith("Epoch ") and line[6].isdigit():
-                process.send_signal(signal.SIGSTOP)
-                self.by_epoch.append(self.new_place(self.finished))
-                process.send_signal(signal.SIGCONT)
-        assert process.wait() == 0, process.stderr.read()
-        process.stderr.close()
-        self.seconds = time.perf_counter() - began
-        self.expected = outcome(self.finished)
-        # Alone, since two processes that compile the same at once spoil each other's copies.
-        assert self.resumed_from(1)
 
-    def new_place(self, copied_from=None):
-        """A new working directory for a process, empty or a copy."""
+        def copy(epoch):
+            shutil.copytree(self.finished, self.directory / f"epoch-{epoch}")
+
+        status, _, errors = self.run_here(self.finished, *flags, after_epoch=copy)
+        assert status == 0, errors
+        self.expected = outcome(self.finished)
+
+    def new_place(self, epoch=None):
+        """A new working directory for a run, empty or as it was after an epoch."""
         place = Path(tempfile.mkdtemp(dir=self.directory))
-        if copied_from:
-            shutil.copytree(copied_from, place, dirs_exist_ok=True)
+        if epoch:
+            shutil.copytree(self.directory / f"epoch-{epoch}", place, dirs_exist_ok=True)
         return place
 
-    def start(self, place, *flags, program=(PROGRAM,), cold=False, prefix=()):
-        """Starts a program as a user would."""
-        return subprocess.Popen(
-            [*prefix, sys.executable, *map(str, program), *flags],
-            cwd=place,
-            env=self.environment if cold else self.compiled,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def run_here(self, place, *flags, after_epoch=lambda epoch: None):
+        """Runs the program in this process: its status, standard output and standard error."""
 
-    def run(self, place, *flags, **options):
-        """Runs a program to its end; its status, standard output and standard error."""
-        with self.start(place, *flags, **options) as process:
-            output, errors = process.communicate(timeout=300)
-        return process.returncode, output, errors
+        def report_epoch(config, history, run_dir):
+            self.report_epoch(config, history, run_dir)
+            after_epoch(len(history))
 
-    def resumed(self, place, *words, program=PROGRAM, already=0, cold=False):
-        """Whether the run in a place goes on (or begins, if it had not) and ends as it should.
+        output, errors = io.StringIO(), io.StringIO()
+        patch = mock.patch.object(self.program, "report_epoch", report_epoch)
+        with patch, chdir(place), redirect_stdout(output), redirect_stderr(errors):
+            status = self.program.main(flags)
+        return status, output.getvalue(), errors.getvalue()
 
-        Words are what has to be said then; already are the epochs that must not be lost.
-        """
-        flags = ("--resume", "run") if (place / "run" / "config.json").exists() else FLAGS
-        status, output, errors = self.run(place, *flags, program=(program,), cold=cold)
-        done = re.search(r"Resumed: (\d+) of|run is finished", output)
-        kept = 0 if done is None else int(done[1] or len(self.expected["metrics"]))
-        good = (status, errors) == (0, "") and outcome(place) == self.expected
-        good = good and kept >= already and all(word in output for word in words)
-        if good:
-            shutil.rmtree(place)
-        return verdict(good, place, status, output, errors)
+    def run_process(self, place, *flags, script=(), wait=lambda _: None, number=0, timeout=300):
+        """The same in a process, which gets a signal after wait, which returns what it has read."""
+        command = [sys.executable, *script, self.program.__file__, *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=place, env=self.environment, **pipes) as process:
+            output = wait(process) or ""
+            process.send_signal(number)  # Number 0 is none.
+            rest, errors = process.communicate(timeout=timeout)
+        return process.returncode, output + rest, errors
 
-    def refused(self, place, status, *words, flags=("--resume", "run"), **options):
-        """Whether a program ends with the status and one line on standard error with the words."""
-        found, output, errors = self.run(place, *flags, **options)
-        lines = errors.splitlines()
-        good = found == status and len(lines) == 1 and all(word in lines[0] for word in words)
-        return verdict(good, place, found, output, errors)
+    def resume(self, place, *words, already=0):
+        """Goes on with a run, or begins it; it says the words, and must end as it should."""
+        flags = RESUME if (place / "run" / "config.json").exists() else self.flags
+        status, output, errors = self.run(place, *flags)
+        assert (status, errors) == (0, ""), errors
+        assert all(word in output for word in words), output
+        done = re.search(r"Resumed: (\d+) of", output)
+        assert already <= (int(done[1]) if done else 0) or "run is finished" in output, output
+        assert outcome(place) == self.expected, place
+        shutil.rmtree(place)
 
-    # --- the faults; each tells whether all was as it should be ---
+    # --- the faults; an exception says what is not as it should be ---
 
-    def killed(self, seconds):
+    def stopped(self, number, wait):
+        """By a signal, after wait(process)."""
         place = self.new_place()
-        with self.start(place, *FLAGS, cold=True) as process:
-            time.sleep(seconds)
-            process.kill()
-            process.communicate()
-        return self.resumed(place, cold=True)
+        result = self.run_process(place, *self.flags, wait=wait, number=number, timeout=2)
+        status, output, errors = result
+        begun = (place / "run" / "config.json").exists()
+        if status == 128 + number:
+            hint = "; resume with: " if begun else "\n"
+            check_refusal(result, status, f"stopped by {number.name}{hint}")
+        else:  # It is over, or the system has ended it: by SIGKILL, during the imports, at the end.
+            assert (errors, status in (0, -number)) == ("", True), result
+            assert "completed! ---" in output or number == SIGKILL or not begun, result
+        self.resume(place, already=output.count("\nEpoch "))
 
-    def crashed(self, operation, loss, program=PROGRAM):
-        """None if the run has no such operation; an epoch that was reported must not be lost."""
+    def crashed(self, operation, loss):
+        """At an operation on the disk. Whether the run has no such operation."""
         place = self.new_place()
-        script = (FRAGILE_DISK, program, str(operation), loss)
-        status, output, errors = self.run(place, *FLAGS, program=script)
+        script = (ROOT / "benchmarks" / "fragile_disk.py", str(operation), loss)
+        status, output, errors = self.run_process(place, *self.flags, script=script)
+        shutil.rmtree(f"{place}.kept")
         if status == 0:
-            return None
-        assert status == -signal.SIGKILL, errors
-        shutil.rmtree(f"{place}.lost", ignore_errors=True)
-        already = len(re.findall(r"^Epoch \d+/", output, re.MULTILINE))
-        return self.resumed(place, program=program, already=already)
+            return True
+        if status != -SIGKILL:
+            raise RuntimeError(errors)
+        self.resume(place, already=output.count("\nEpoch "))
 
-    def resumed_from(self, epoch, program=PROGRAM):
-        return self.resumed(
-            self.new_place(self.by_epoch[epoch - 1]), program=program, already=epoch
-        )
+    def tampered(self, tamper, *words, epoch=2, status=0):
+        """After an epoch, something happens to the newest checkpoint."""
+        place = self.new_place(epoch)
+        tamper(place / f"run/checkpoints/epoch-{epoch}.npz")
+        if status == 0:
+            self.resume(place, *words)
+        else:
+            check_refusal(self.run(place, *RESUME), status, *words)
 
-    def damaged(self, damage, *words):
-        """After two epochs the newest checkpoint is damaged: the one before is used, and said."""
-        place = self.new_place(self.by_epoch[1])
-        damage(place / "run" / "checkpoints" / "epoch-2.npz")
-        return self.resumed(place, *words, already=1)
+    def full_disk(self):
+        """After the first epoch, the system refuses a larger checkpoint."""
+        import resource  # which Windows does not have
 
-    def all_damaged(self, damage):
-        place = self.new_place(self.by_epoch[1])
-        for path in (place / "run" / "checkpoints").glob("*.npz"):
-            damage(path)
-        return self.refused(place, 1, "run/checkpoints: no whole checkpoint")
-
-    def full_disk(self, epoch):
-        """No file may be larger than the checkpoint after an epoch."""
-        place = self.new_place()
-        path = self.by_epoch[epoch - 1] / "run" / "checkpoints" / f"epoch-{epoch}.npz"
-        limit = ("sh", "-c", f'ulimit -f {path.stat().st_size // 512 + 2} && exec "$@"', "sh")
-        name = f"run/checkpoints/epoch-{epoch + 1}.npz"
-        words = (f"cannot write {name}: File too large", "--resume")
-        good = self.refused(place, 1, *words, flags=FLAGS, prefix=limit)
-        return good and self.resumed(place, already=epoch)
+        place = self.new_place(epoch=1)
+        size = (place / "run/checkpoints/epoch-1.npz").stat().st_size + 1000
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            result = self.run_here(place, *RESUME)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        check_refusal(result, 1, "run/checkpoints/epoch-2.npz: File too large; mend that, and")
+        self.resume(place, already=1)
 
     def moved_away(self, leave_a_file):
-        """During the second epoch the output directory goes, or a file takes its place."""
+        """After the first epoch the output directory goes, or a file takes its place."""
         place = self.new_place()
-        with self.start(place, *FLAGS) as process:
-            read_until(process, "Epoch 1/")
-            (place / "run").rename(place / "elsewhere")
+        run, elsewhere = place / "run", place / "elsewhere"
+
+        def move(epoch):
+            run.rename(elsewhere)
             if leave_a_file:
-                (place / "run").write_text("mine")
-            output, errors = process.communicate()
+                run.touch()
+
+        result = self.run_here(place, *self.flags, after_epoch=move)
         reason = "Not a directory" if leave_a_file else "No such file or directory"
-        good = process.returncode == 1 and len(errors.splitlines()) == 1
-        good = good and "cannot write run/" in errors and f": {reason}; " in errors
-        if leave_a_file:
-            good = good and (place / "run").read_text() == "mine"
-            (place / "run").unlink()
-        (place / "elsewhere").rename(place / "run")
-        good = verdict(good, place, process.returncode, output, errors)
-        return good and self.resumed(place, already=1)
+        check_refusal(result, 1, f"cannot write run/checkpoints/epoch-2.npz: {reason}; ")
+        run.unlink(missing_ok=not leave_a_file)
+        elsewhere.rename(run)
+        self.resume(place, already=1)
 
-    def signalled(self, number, seconds):
+    def not_a_number(self):
+        """The second epoch begins with NaN among the parameters; nothing is written."""
+        place = self.new_place(epoch=1)
+        checkpoint = place / "run/checkpoints/epoch-1.npz"
+        whole = checkpoint.read_bytes()
+        forge(checkpoint, lambda _, x: x["networks.actor.output.bias.value"].fill(np.nan))
+        words = ("epoch 2, seed 0: not finite: ", "actor.hidden_1.kernel.value", "loss")
+        check_refusal(self.run(place, *RESUME), 1, *words)
+        assert list(checkpoint.parent.iterdir()) == [checkpoint]
+        checkpoint.write_bytes(whole)
+        self.resume(place, already=1)
+
+    def second_run(self):
+        """After the first epoch of one, another in its directory is refused, and does no harm."""
         place = self.new_place()
-        with self.start(place, *FLAGS, cold=True) as process:
-            time.sleep(seconds)
-            process.send_signal(number)
-            began = time.perf_counter()
-            output, errors = process.communicate()
-        at_once = time.perf_counter() - began < AT_ONCE
-        begun = (place / "run" / "config.json").exists()
-        over = "--- Training completed! ---" in output
-        if process.returncode == 128 + number:
-            good = len(errors.splitlines()) == 1 and ("--resume run" in errors) == begun
-        elif process.returncode == -number:  # by the system: during the imports, or at the end
-            good = errors == "" and (over or not begun)
-        else:
-            good = (process.returncode, errors) == (0, "") and over
-        good = verdict(good and at_once, place, process.returncode, output, errors)
-        return good and self.resumed(place)
 
-    def forged(self, change, status, *words):
-        """A whole checkpoint that another program could have written."""
-        place = self.new_place(self.by_epoch[1])
-        forge(place / "run" / "checkpoints" / "epoch-2.npz", change)
-        if status == 0:
-            return self.resumed(place, *words, already=2)
-        return self.refused(place, status, *words)
+        def start_another(epoch):
+            if epoch == 1:
+                check_refusal(self.run(place, *RESUME), 2, "another run is using it")
 
-    def not_a_number(self, where):
-        """In the second epoch; the first one's checkpoint stays, and is gone on from."""
-        place = self.new_place(self.by_epoch[0])
-        script = self.directory / f"nan_in_the_{where}.py"
-        begin = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo_mnist\n"
-        script.write_text(begin + NOT_A_NUMBER[where] + "sys.exit(grpo_mnist.main())\n")
-        words = ("epoch 2, seed 0: not finite: ", "actor.output.kernel", "loss")
-        good = self.refused(place, 1, *words, program=(script,))
-        return good and self.resumed(place, already=1)
-
-    def second_run(self, epoch):
-        """After an epoch of one, another in its directory is refused, and does not harm it."""
-        place = self.new_place()
-        with self.start(place, *FLAGS) as process:
-            read_until(process, f"Epoch {epoch}/")
-            process.send_signal(signal.SIGSTOP)
-            good = all(
-                self.refused(place, 2, "run ", flags=flags)
-                for flags in (FLAGS, ("--resume", "run"))
-            )
-            process.send_signal(signal.SIGCONT)
-            process.communicate()
-        return good and process.returncode == 0 and outcome(place) == self.expected
+        status, _, errors = self.run_here(place, *self.flags, after_epoch=start_another)
+        assert status == 0, errors
+        assert outcome(place) == self.expected, place
 
 
-def verdict(good, place, status, output, errors):
-    """Hands good through, and shows what happened if it is not."""
-    if not good:
-        print(f"not as it should be: {place}: {status}\n{output}{errors}", flush=True)
-    return good
+def check_refusal(result, status, *words):
+    """A run must have ended with the status, and one line on standard error with the words."""
+    assert (result[0], result[2].count("\n")) == (status, 1), result
+    assert all(word in result[2] for word in ("grpo_mnist.py: ", *words)), result
 
 
 def read_until(process, beginning):
     """Reads what a process prints up to a line that begins so."""
+    output = ""
     for line in process.stdout:
+        output += line
         if line.startswith(beginning):
-            return
+            return output
     raise AssertionError(f"ended before {beginning}: {process.stderr.read()}")
 
 
@@ -290,15 +222,17 @@ def metrics_without_times(run):
 def outcome(place):
     """What two runs that are the same must agree in."""
     run = place / "run"
-    if not (run / "summary.json").exists():
-        return None
-    may_differ = {"program_sha256": None, "resume": None}
-    return {
-        "params_sha256": json.loads((run / "summary.json").read_text())["params_sha256"],
-        "metrics": metrics_without_times(run),
-        "config": json.loads((run / "config.json").read_text()) | may_differ,
-        "files": sorted(str(path.relative_to(place)) for path in place.rglob("*")),
-    }
+    may_differ = {"program_sha256": None, "resume": None, "seconds": None}
+    config, summary = (json.loads((run / f"{x}.json").read_text()) for x in ("config", "summary"))
+    picture = (run / "curves.png").read_bytes()
+    files = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    return config | may_differ, summary | may_differ, metrics_without_times(run), picture, files
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
 
 
 def forge(path, change):
@@ -311,114 +245,78 @@ def forge(path, change):
     path.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
 
-def truncate(length):
-    return lambda path: os.truncate(path, length)
+def everything(lab):
+    """(fault, promise, functions that try it) for each fault."""
+    for _ in range(2):  # The second run finds what the first one has compiled.
+        began = time.perf_counter()
+        lab.resume(lab.new_place())
+    seconds = time.perf_counter() - began
+    size = (lab.new_place(epoch=2) / "run/checkpoints/epoch-2.npz").stat().st_size
+    moments = random.Random(1)
 
+    def stops(number, times):
+        pauses = [moments.uniform(0, seconds) for _ in range(times)]
+        return [partial(lab.stopped, number, lambda _, x=x: time.sleep(x)) for x in pauses]
 
-def flip(bit):
-    def damage(path):
-        content = bytearray(path.read_bytes())
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
+    def crashes(loss):
+        return [partial(lab.crashed, operation, loss) for operation in range(1, 60)]
 
-    return damage
+    def tampers(functions, said, **options):
+        return [partial(lab.tampered, function, said, **options) for function in functions]
 
-
-def newer_format(header, _):
-    header["format"] += 1
-
-
-def other_library(header, _):
-    header["facts"]["versions"]["jax"] = "0.4.1"
-
-
-def damages(size, truncations, flips):
-    """(damage, what has to be said) for a file of that size."""
+    same = "resumed, the same result"
+    yield "SIGKILL at a random moment", same, stops(SIGKILL, 50)
+    fault = "SIGKILL at the n-th write, fsync, rename or unlink, every n"
+    yield fault, same, crashes("nothing")
+    yield "power cut there: contents not synced are lost", same, crashes("contents")
+    yield "power cut there: names not synced are lost too", same, crashes("all")
+    resumed = [partial(lab.tampered, os.stat, f"Resumed: {n} of", epoch=n) for n in (1, 2, 3)]
+    yield "resumed after each epoch", same, resumed
+    before = f"a notice; from the one before, {same}"
     said = "epoch-2.npz does not match its SHA-256"
-    lengths = [size * i // truncations for i in range(truncations)]
-    bits = random.Random(0).sample(range(8 * size), flips)
-    return [
-        *((truncate(length), said) for length in [*lengths[1:], size - 1]),
-        (truncate(0), said),
-        (os.unlink, "Resumed: 1 of 3 epochs are done"),
-        *((flip(bit), said) for bit in bits),
-    ]
+    lengths = [*(size * i // 16 for i in range(1, 16)), size - 1]
+    cut = [partial(os.truncate, length=length) for length in [0, *lengths]]
+    flips = [partial(flip, bit=bit) for bit in random.Random(0).sample(range(8 * size), 200)]
+    yield "newest checkpoint cut short", before, tampers(cut[1:], said)
+    yield "newest checkpoint emptied", before, tampers(cut[:1], said)
+    yield "newest checkpoint deleted", before, tampers([os.unlink], "Resumed: 1 of 3")
+    yield "one bit of the newest checkpoint flipped", before, tampers(flips, said)
+    both = [lambda path, x=x: [*map(x, path.parent.iterdir())] for x in (cut[1], flips[0])]
+    said = "run/checkpoints: no whole checkpoint"
+    yield "both checkpoints damaged", "one line, status 1", tampers(both, said, status=1)
+    stop = f"one line, status 1; {same}"
+    yield "disk full", stop, [lab.full_disk]
+    yield "output directory moved away", stop, [partial(lab.moved_away, leave_a_file=False)]
+    yield "a file in its place", stop, [partial(lab.moved_away, leave_a_file=True)]
+    for number in (SIGINT, SIGTERM):
+        promise = f"ends at once, status {128 + number}; {same}"
+        yield f"{number.name} at a random moment", promise, stops(number, 10)
+    newer = [partial(forge, change=lambda header, _: header.update(format=3))]
+    promise = "one line with both, status 2"
+    yield "checkpoint of a newer format", promise, tampers(newer, "format 3, not 2", status=2)
+    older = [partial(forge, change=lambda x, _: x["facts"]["versions"].update(jax="0.4.1"))]
+    promise = "a notice with both"
+    yield "checkpoint of another library version", promise, tampers(older, "jax was 0.4.1, is ")
+    yield "NaN in the parameters", stop, [lab.not_a_number]
+    promise = "one line, status 2; the first is not disturbed"
+    yield "a second run in the directory", promise, [lab.second_run]
 
 
 def main():
-    program_sha256 = hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
-    results = RESULTS / "faults.json"
-    before = json.loads(results.read_text()) if results.exists() else {}
-    done = before["rows"] if before.get("program_sha256") == program_sha256 else []
-    done = {row["fault"]: row for row in done}
-    rows = []
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--anew", action="store_true", help="try again what was tried before")
+    parser.add_argument("--data-dir", help="not used; the digits come with scikit-learn")
+    rows = results_to_continue("faults", parser.parse_args().anew).get("rows", [])
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
-        laboratory = Laboratory(directory)
-
-        def try_all(fault, promise, try_one, *arguments):
-            if fault not in done:
-                outcomes = list(pool.map(try_one, *arguments))
-                if None in outcomes:  # the end of what there is to try
-                    outcomes = outcomes[: outcomes.index(None)]
-                counts = {"tried": len(outcomes), "kept": sum(outcomes)}
-                done[fault] = {"fault": fault, "promise": promise} | counts
-            rows.append(done[fault])
-            print(*done[fault].values(), sep=" | ", flush=True)
-            facts = {"flags": " ".join(FLAGS), "program_sha256": program_sha256}
-            write_results("faults", facts | {"rows": rows})
-
-        try_everything(laboratory, try_all)
-
-
-def try_everything(laboratory, try_all):
-    """Calls try_all with a fault, the promise about it, a function, and the function's arguments.
-
-    Each of the arguments is a sequence, with an item for each time that the fault is tried.
-    """
-    same = "resumed, the same result"
-    moments = random.Random(1)
-    kills, *signals = (
-        [moments.uniform(0, laboratory.seconds) for _ in range(n)] for n in (50, 10, 10)
-    )
-    try_all("SIGKILL at a random moment", same, laboratory.killed, kills)
-    for loss, fault in (
-        ("nothing", "SIGKILL at the n-th write, fsync, rename or unlink, every n"),
-        ("contents", "power cut there: contents not synced are lost"),
-        ("all", "power cut there: names not synced are lost too"),
-    ):
-        try_all(fault, same, laboratory.crashed, range(1, 60), [loss] * 59)
-    try_all("resumed after each epoch", same, laboratory.resumed_from, (1, 2, 3))
-    size = (laboratory.by_epoch[1] / "run" / "checkpoints" / "epoch-2.npz").stat().st_size
-    kinds = damages(size, truncations=16, flips=200)
-    before = f"a notice; from the one before, {same}"
-    for fault, some in (
-        ("newest checkpoint cut short", kinds[:16]),
-        ("newest checkpoint emptied", kinds[16:17]),
-        ("newest checkpoint deleted", kinds[17:18]),
-        ("one bit of the newest checkpoint flipped", kinds[18:]),
-    ):
-        breaks, words = zip(*some, strict=True)
-        try_all(fault, before, laboratory.damaged, breaks, words)
-    both = (truncate(99), flip(9))
-    try_all("both checkpoints damaged", "one line, status 1", laboratory.all_damaged, both)
-    stops = f"one line, status 1; {same}"
-    try_all("disk full", stops, laboratory.full_disk, [1])
-    try_all("output directory moved away", stops, laboratory.moved_away, [False])
-    try_all("a file in its place", stops, laboratory.moved_away, [True])
-    for number, seconds in zip((signal.SIGINT, signal.SIGTERM), signals, strict=True):
-        fault = f"{number.name} at a random moment"
-        promise = f"ends at once, status {128 + number}; {same}"
-        try_all(fault, promise, laboratory.signalled, [number] * 10, seconds)
-    newer = (newer_format,), (2,), ["has format 3, not 2"]
-    promise = "one line with both, status 2"
-    try_all("checkpoint of a newer format", promise, laboratory.forged, *newer)
-    other = (other_library,), (0,), [f"jax was 0.4.1, is {library_versions()['jax']}"]
-    promise = "a notice with both"
-    try_all("checkpoint of another library version", promise, laboratory.forged, *other)
-    for where in NOT_A_NUMBER:
-        try_all(f"NaN in the {where}", stops, laboratory.not_a_number, [where])
-    promise = "one line, status 2; the first is not disturbed"
-    try_all("a second run in the directory", promise, laboratory.second_run, [1])
+        for fault, promise, attempts in everything(Laboratory(directory)):
+            if fault not in [row["fault"] for row in rows]:
+                futures = [pool.submit(attempt) for attempt in attempts]
+                outcomes = [future.exception() or future.result() for future in futures]
+                tried = [each for each in outcomes if each is not True]
+                print(fault, *filter(None, tried), sep="\n", flush=True)
+                counts = {"tried": len(tried), "kept": tried.count(None)}
+                rows.append({"fault": fault, "promise": promise} | counts)
+                write_results("faults", {"flags": " ".join(FLAGS), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """Runs the trainer on a disk that fails: the process kills itself at its n-th operation on a file.
 
-    python benchmarks/fragile_disk.py PROGRAM N LOSS flags of the program ...
+    python benchmarks/fragile_disk.py N LOSS PROGRAM flags of the program ...
 
-An operation is a write, fsync, rename or unlink below the working directory. A write stops halfway.
-LOSS is what the failure takes with it:
+An operation is a write, fsync, rename or unlink below the working directory, which must be empty
+at first. A write stops halfway. LOSS is what the failure takes with it:
 
     nothing    as when a process is killed: what the system was told, it keeps
     contents   as when the power goes: files whose content was not synced are empty
-    all        and every new name, rename and unlink in a directory that was not synced is undone;
-               a new directory there is gone with all that is in it
+    all        and a directory has the names that it had when it was last synced, or none
 """
 
+import io
 import os
 import pathlib
 import runpy
 import shutil
 import signal
+import stat
 import sys
 
 
@@ -26,123 +27,92 @@ class FragileDisk:
         self.crash_at = crash_at
         self.loss = loss
         self.count = 0
-        self.unsynced_files = set()  # by the names that they have now
-        self.undo = []  # (directory, function), the latest last
-        self.paths = {}  # by file descriptor
-        self.system = {
-            name: getattr(os, name) for name in ("open", "mkdir", "fsync", "replace", "unlink")
-        }
+        self.synced_files = set()  # Files and directories are known by their inodes.
+        self.synced_names = {}  # {name: inode} by directory
+        self.kept = pathlib.Path(f"{os.getcwd()}.kept")  # Second names of files with synced names.
+        self.system = {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
         self.open_path = pathlib.Path.open
 
     def install(self):
+        self.kept.mkdir()
         for name in self.system:
             setattr(os, name, getattr(self, name))
-        disk = self
-        pathlib.Path.open = lambda path, *arguments, **options: disk.open_file(
-            path, *arguments, **options
-        )
+        pathlib.Path.open = lambda path, *rest, **options: self.open(path, *rest, **options)
 
     def operation(self, halfway=lambda: None):
         self.count += 1
         if self.count == self.crash_at:
             halfway()
-            if self.loss == "all":
-                for _, undo in reversed(self.undo):
-                    undo()
-            if self.loss != "nothing":
-                for path in filter(os.path.exists, self.unsynced_files):
+            self.crash()
+
+    def crash(self):
+        if self.loss == "all":
+            self.restore_names(pathlib.Path.cwd())
+        if self.loss != "nothing":
+            for path in pathlib.Path.cwd().rglob("*"):
+                if path.is_file() and path.stat().st_ino not in self.synced_files:
                     os.truncate(path, 0)
-            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def open_file(self, path, mode="r", *arguments, **options):
-        file = self.open_path(path, mode, *arguments, **options)
-        if mode != "wb" or not is_ours(path):
-            return file
-        path = os.path.abspath(path)
-        self.paths[file.fileno()] = path
-        self.unsynced_files.add(path)
-        self.on_crash(path, lambda: os.path.exists(path) and self.system["unlink"](path))
-        return FragileFile(file, self)
+    def restore_names(self, directory):
+        names = self.synced_names.get(directory.stat().st_ino, {})
+        for path in directory.iterdir():
+            same = path.stat().st_ino == names.get(path.name)
+            if path.is_dir() and same:
+                self.restore_names(path)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            elif not same:
+                self.system["unlink"](path)
+        for name, inode in names.items():
+            if not (directory / name).exists():
+                os.link(self.kept / str(inode), directory / name)
 
-    def open(self, path, *arguments, **options):
-        descriptor = self.system["open"](path, *arguments, **options)
-        self.paths[descriptor] = os.path.abspath(os.fspath(path))
-        return descriptor
-
-    def mkdir(self, path, *arguments, **options):
-        self.system["mkdir"](path, *arguments, **options)
-        if is_ours(path):
-            path = os.path.abspath(path)
-            self.on_crash(path, lambda: shutil.rmtree(path))
+    def open(self, path, mode="r", *rest, **options):
+        if mode == "wb" and is_ours(path):
+            return FragileFile(path, self)
+        return self.open_path(path, mode, *rest, **options)
 
     def fsync(self, descriptor):
-        path = self.paths[descriptor]
         self.operation()
         self.system["fsync"](descriptor)
-        self.unsynced_files.discard(path)
-        self.undo = [(directory, undo) for directory, undo in self.undo if directory != path]
+        status = os.fstat(descriptor)
+        if not stat.S_ISDIR(status.st_mode):
+            self.synced_files.add(status.st_ino)
+            return
+        entries = list(os.scandir(descriptor))
+        self.synced_names[status.st_ino] = {entry.name: entry.inode() for entry in entries}
+        for entry in entries:
+            kept = self.kept / str(entry.inode())
+            if entry.is_file() and not kept.exists():
+                os.link(entry.name, kept, src_dir_fd=descriptor)
 
     def replace(self, source, target):
-        if not is_ours(target):
-            return self.system["replace"](source, target)
-        self.operation()
-        source, target = os.path.abspath(source), os.path.abspath(target)
-        backup = self.keep(target)
+        if is_ours(target):
+            self.operation()
         self.system["replace"](source, target)
-        if source in self.unsynced_files:
-            self.unsynced_files.remove(source)
-            self.unsynced_files.add(target)
-
-        def undo():
-            self.system["replace"](target, source)
-            if backup:
-                self.system["replace"](backup, target)
-
-        self.on_crash(target, undo)
 
     def unlink(self, path, **options):
-        if not is_ours(path) or not os.path.lexists(path):
-            return self.system["unlink"](path, **options)
-        self.operation()
-        path = os.path.abspath(path)
-        backup = self.keep(path)
+        if is_ours(path) and os.path.lexists(path):
+            self.operation()
         self.system["unlink"](path, **options)
-        self.on_crash(path, lambda: self.system["replace"](backup, path))
-
-    def on_crash(self, path, undo):
-        self.undo.append((os.path.dirname(path), undo))
-
-    def keep(self, path):
-        """A second name, elsewhere, for a file that is about to lose its own."""
-        if not os.path.exists(path):
-            return None
-        backup = os.path.abspath(f"{os.getcwd()}.lost/{self.count}")
-        os.makedirs(os.path.dirname(backup), exist_ok=True)
-        os.link(path, backup)
-        return backup
 
 
-class FragileFile:
-    """A binary file whose writes are operations; it can do no more than the program asks of it."""
+class FragileFile(io.BufferedWriter):
+    """A new file whose writes are operations of a disk."""
 
-    def __init__(self, file, disk):
-        self.file = file
+    def __init__(self, path, disk):
+        super().__init__(io.FileIO(path, "w"))
         self.disk = disk
-        self.flush, self.fileno = file.flush, file.fileno
 
     def write(self, chunk):
         def halfway():
-            self.file.write(bytes(chunk)[: len(chunk) // 2])
-            self.file.flush()
+            super(FragileFile, self).write(bytes(chunk)[: len(chunk) // 2])
+            self.flush()
 
         self.disk.operation(halfway)
-        return self.file.write(chunk)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
+        self.disk.synced_files.discard(os.fstat(self.fileno()).st_ino)
+        return super().write(chunk)
 
 
 def is_ours(path):
@@ -150,11 +120,10 @@ def is_ours(path):
 
 
 def main():
-    program, crash_at, loss, *flags = sys.argv[1:]
+    crash_at, loss, *sys.argv = sys.argv[1:]
     assert loss in ("nothing", "contents", "all")
     FragileDisk(int(crash_at), loss).install()
-    sys.argv = [program, *flags]
-    runpy.run_path(program, run_name="__main__")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

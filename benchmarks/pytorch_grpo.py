@@ -2,10 +2,9 @@
 
     python benchmarks/pytorch_grpo.py --data-dir DIR
 
-The same network, data, defaults and update, with a DataLoader, or with --indexed with the batches
-indexed out of one tensor; eager, or with --compiled the loss through torch.compile. A program of
-its own, which imports nothing of JAX, prints a line per epoch, and evaluates the test images as the
-other does; it writes nothing. The four MNIST files are expected in DIR/downloads/manual.
+The same network, data, defaults, update, and test, without JAX; nothing is written. Batches come
+from a DataLoader, or with --indexed out of one tensor; with --compiled the loss goes through
+torch.compile. The four MNIST files are expected in DIR/downloads/manual.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+NUM_EPOCHS, NUM_ITERATIONS = 10, 4
 BATCH_SIZE, CLIP_EPSILON, LEARNING_RATE = 1024, 0.2, 3e-3
 
 
@@ -55,9 +55,7 @@ class Learner:
             pairs = TensorDataset(self.images, self.labels)
             yield from DataLoader(pairs, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
             return
-        order = torch.randperm(len(self.images))
-        for start in range(0, self.steps * BATCH_SIZE, BATCH_SIZE):
-            chosen = order[start : start + BATCH_SIZE]
+        for chosen in torch.randperm(len(self.images)).split(BATCH_SIZE)[: self.steps]:
             yield self.images[chosen], self.labels[chosen]
 
     def policy(self, images):
@@ -87,10 +85,7 @@ class Learner:
 
     def train_epoch(self):
         """The mean reward of an epoch."""
-        rewarded = torch.zeros((), device=self.device)
-        for images, labels in self.batches():
-            rewarded += self.step(images, labels)
-        return rewarded.item() / self.steps
+        return sum(self.step(*batch) for batch in self.batches()).item() / self.steps
 
     def accuracy(self, images, labels):
         with torch.no_grad():
@@ -101,22 +96,18 @@ class Learner:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--num-epochs", type=int, default=10)
-    parser.add_argument("--num-iterations", type=int, default=4)
     parser.add_argument("--indexed", action="store_true", help="batches without a DataLoader")
     parser.add_argument("--compiled", action="store_true", help="the loss through torch.compile")
     parser.add_argument("--one-step", action="store_true", help="end after the first step")
     options = parser.parse_args()
     train, test = (read_mnist(options.data_dir, part) for part in ("train", "t10k"))
-    schedule = options.num_epochs, options.num_iterations
-    learner = Learner(*train, *schedule, options.indexed, options.compiled)
+    learner = Learner(*train, NUM_EPOCHS, NUM_ITERATIONS, options.indexed, options.compiled)
     if options.one_step:
         print(f"First step: {learner.step(*next(learner.batches())).item():.2%}", flush=True)
         return
-    for epoch in range(1, options.num_epochs + 1):
+    for epoch in range(1, NUM_EPOCHS + 1):
         accuracy, test_accuracy = learner.train_epoch(), learner.accuracy(*test)
-        accuracies = f"Accuracy: {accuracy:.2%}, test {test_accuracy:.2%}"
-        print(f"Epoch {epoch}/{options.num_epochs}, {accuracies}", flush=True)
+        print(f"Epoch {epoch}, Accuracy: {accuracy:.2%}, test {test_accuracy:.2%}", flush=True)
     print("--- Training completed! ---", flush=True)
 
 

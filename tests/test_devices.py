@@ -1,199 +1,125 @@
 """One device or many, one process or several: the same run, and nothing lost when one dies.
 
-The devices are virtual ones of the processor; the processes are real, and meet on the loopback
-address.
+The devices are virtual; the processes are real, and meet on the loopback address.
 """
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
+import devices
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, read_history, read_json, tree
-from devices import compare, environment, finish, params_sha256, record_layout, start_processes
+from conftest import assert_one_line_error, read_json, start_program, tree
+from devices import PROGRAM, compare, environment, finish, params_sha256, start_processes
 
-PROGRAM = str(ROOT / "grpo_mnist.py")
-FLAGS = ("--dataset=digits", "--num-epochs=6", "--batch-size=4096", "--num-minibatches=2")
-FLAGS += ("--num-iterations=1", "--output-dir=run")
+import grpo_mnist
+
+RUN = "--dataset=digits --num-epochs=6 --batch-size=18432 --num-minibatches=2 --num-iterations=1"
+SEVERAL_RUNS = f"""
+import runpy, signal, sys
+signal.alarm(200)  # However it hangs, it ends.
+sys.path.insert(0, {os.path.dirname(devices.__file__)!r})
+import devices, grpo_mnist
+runs, *flags = sys.argv[1:]
+*runs, last = ([*flags, *run.split()] for run in runs.splitlines())
+print(*map(grpo_mnist.main, runs), flush=True)
+devices.record([*flags, *{RUN.split()}], 1, ".")
+sys.argv[1:] = last
+runpy.run_path({PROGRAM!r}, run_name="__main__")
+"""
+REFUSED = {
+    "--num-processes=2": "host:port, with --num-processes",
+    "--process-id=0": "host:port, with --num-processes",
+    "--coordinator-address=127.0.0.1:1": "host:port, with --num-processes",
+    "--coordinator-address=a --num-processes=2 --process-id=0": "host:port, with --num-processes",
+    "--batch-size=1001": "a multiple of 8 (devices x --num-minibatches) and at most",
+    "--batch-size=1000 --num-minibatches=2": "a multiple of 16 (devices x --num-minibatches) and",
+}
+
+
+def slurm_task(number, num_tasks, num_devices=1):
+    """The environment of a task in a job of Slurm's."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": str(num_tasks), "SLURM_PROCID": str(number)}
+    return environment(num_devices) | job | {"SLURM_LOCALID": str(number)}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return record_layout((1, 1), 1, 1, "digits", tmp_path_factory.mktemp("no-data"))
+def recorded(tmp_path_factory):
+    """A first step on one device, on eight, and in two processes; and what these have said."""
+    one, eight, two = (tmp_path_factory.mktemp(name) for name in ("one", "eight", "two"))
+    task = slurm_task(0, 4, num_devices=8)  # Without an address, it runs alone all the same.
+    runs = "\n".join(f"--dataset=digits {flags}" for flags in REFUSED)
+    alone = start_program(SEVERAL_RUNS, runs, program="-c", cwd=eight, env=task)
+    devices.record(RUN.split(), 1, one)
+    assert grpo_mnist.main([*RUN.split(), f"--output-dir={one / 'run'}"]) == 0
+    (one / "run" / "summary.json").unlink()
+    commands = []
+    for number, history in enumerate(("--output-dir=other", f"--resume={one / 'run'}")):
+        runs = f"--coordinator-address=auto\n{RUN} --seed={number}\n{RUN} {history}\n"
+        runs += f"{RUN} --output-dir=run\n{RUN} --output-dir=killed"
+        commands.append(["-c", SEVERAL_RUNS, runs])
+    processes = start_processes(commands, two)
+    statuses = next(line for line in processes[0].stdout if line.startswith("2 "))
+    next(line for line in processes[0].stdout if line.startswith("Epoch 1/"))
+    processes[1].kill()
+    return (one, eight, two), finish([alone]), (statuses, *finish(processes, timeout=110))
 
 
-@pytest.mark.parametrize("layout", [(8, 1), (2, 2)])
-def test_the_first_step_is_the_same_on_any_devices(alone, layout, tmp_path):
+def test_the_first_step_is_the_same_on_any_devices(recorded):
     """The answers and the rewards exactly; the parameters as far as float32 sums agree."""
-    row = compare(layout, alone, record_layout(layout, 1, 1, "digits", tmp_path), num_seeds=1)
-    first_step = row["first_step"]
-    assert first_step["actions_equal"]
-    assert first_step["rewards_equal"]
-    for rounds in ("parameters_after_1_round", "parameters_after_4_rounds"):
-        # Where a gradient is 0 but for rounding, Adam's first steps differ.
-        assert first_step[rounds]["share_beyond_1e-6_by_seed"][0] < 0.001
-        assert first_step[rounds]["largest_by_seed"][0] < 1e-4
+    one, *others = (dict(np.load(directory / "1.npz")) for directory in recorded[0])
+    for other in others:
+        first_step = compare((0, 0), {1: one}, {1: other})["first_step"]
+        assert first_step["actions_equal"]
+        assert first_step["rewards_equal"]
+        off = abs(one["parameters"] - other["parameters"])
+        assert (off > 1e-6).mean() < 0.001  # Adam's steps differ where a gradient is 0.
+        assert first_step["parameters_after_1_round"]["largest_by_seed"] == [off.max()]
+        assert off.max() < 1e-4
+    assert one["rewards"].mean() == pytest.approx(one["accuracy"].item())  # of the step itself
+    changed = one | {"actions": one["actions"] + 1}
+    assert not compare((0, 0), {1: one}, {1: changed})["first_step"]["actions_equal"]
 
 
-def test_actions_that_differ_are_seen(alone):
-    """The comparison itself: another run's answers and parameters are not taken for the same."""
-    other = alone | {
-        "rounds_1_seed_0_actions": (alone["rounds_1_seed_0_actions"] + 1) % 10,
-        "rounds_4_seed_0_parameters": alone["rounds_4_seed_0_parameters"] + np.float32(2e-6),
-    }
-    first_step = compare((1, 1), alone, other, num_seeds=1)["first_step"]
-    assert not first_step["actions_equal"]
-    assert first_step["rewards_equal"]
-    assert first_step["parameters_after_4_rounds"]["share_beyond_1e-6_by_seed"][0] > 0.9
+def test_what_cannot_work_is_refused(recorded):
+    """Flags, a batch that cannot be divided, and processes whose flags or histories differ."""
+    (_, eight, two), ((output, errors, status),), (statuses, *ended) = recorded
+    assert (output, status) == ("2 2 2 2 2\n", 2)
+    for line, message in zip(errors.splitlines(), REFUSED.values(), strict=True):
+        assert_one_line_error(line, message)
+    assert tree(eight) == ["1.npz"]
+    assert statuses == "2 1 1 0\n"
+    for _, errors, _ in ended:
+        unknown, *differing = [x for x in errors.splitlines() if x.startswith("grpo_mnist.py: ")]
+        assert "JAX finds no devices or processes" in unknown
+        for line in differing[:2]:
+            assert "the processes differ in flags, data, versions or checkpoint; " in line
+    assert set(os.listdir(two)) == {"1.npz", "run", "killed"}
 
 
-def run_on_devices(num_devices, *flags):
-    return subprocess.run(
-        [sys.executable, PROGRAM, "--dataset=digits", *flags],
-        capture_output=True,
-        text=True,
-        env=environment(num_devices),
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ("--batch-size=1001",),
-            "--batch-size 1001 must be a multiple of 8 (devices x --num-minibatches) and",
-        ),
-        (
-            ("--batch-size=1000", "--num-minibatches=2"),
-            "--batch-size 1000 must be a multiple of 16 (devices x --num-minibatches) and",
-        ),
-    ],
-)
-def test_a_batch_that_cannot_be_divided_is_refused(flags, message, tmp_path):
-    done = run_on_devices(8, *flags, "--output-dir=run")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert_one_line_error(done.stderr, message)
-    assert tree(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num-processes=2"], "host:port, with --num-processes and --process-id, or auto"),
-        (["--process-id=0"], "host:port, with --num-processes and --process-id, or auto"),
-        (["--coordinator-address=127.0.0.1:1"], "with --num-processes and --process-id"),
-        (["--coordinator-address=127.0.0.1", "--num-processes=2", "--process-id=0"], "host:port"),
-        (["--coordinator-address=auto"], "JAX finds no devices or processes"),
-    ],
-)
-def test_flags_that_do_not_say_enough_are_refused(flags, message):
-    done = run_on_devices(1, *flags)
-    assert done.returncode == 2
-    assert_one_line_error(done.stderr, message)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A run of two processes to which nothing happened."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    first, second = finish(start_processes([PROGRAM, *FLAGS], 2, directory))
-    assert first[2] == second[2] == 0
-    return directory, first[0], second[0]
-
-
-def test_only_the_first_process_prints_and_writes(undisturbed):
-    directory, first, second = undisturbed
-    assert "Device: 2 x cpu of 2 processes" in first
-    assert "--- Training completed! ---" in first
-    spoken = [line for line in second.splitlines() if not line.startswith("[Gloo]")]
-    assert set(spoken) <= {"Waiting for the other processes..."}
-    assert read_json(directory / "run" / "summary.json")["num_epochs"] == 6
-    assert len(read_history(directory / "run")) == 6
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
-def test_what_ends_one_process_ends_all_and_costs_nothing(undisturbed, number, tmp_path):
+def test_what_ends_one_process_ends_all_and_costs_nothing(recorded, tmp_path):
     """The other is told by JAX, and ends; resumed, the run ends as if nothing happened."""
-    processes = start_processes([PROGRAM, *FLAGS], 2, tmp_path)
-    for line in processes[0].stdout:
-        if line.startswith("Epoch 1/"):
-            break
-    processes[1].send_signal(number)
-    (_, errors, status), (_, victims_errors, victims_status) = finish(processes, timeout=110)
-    # JAX ends a process itself if it hears of a death before the program does, and says so.
-    assert "if another process has ended, see why" in errors or "another task died" in errors
-    assert status != 0
-    if number == signal.SIGKILL:
-        assert (victims_status, victims_errors) == (-number, "")
-    else:
-        assert victims_status == 128 + number
-        assert_one_line_error(victims_errors, f"stopped by {number.name}; resume with: ")
-    first, second = finish(start_processes([PROGRAM, "--resume=run"], 2, tmp_path))
-    assert first[2] == second[2] == 0
-    assert "Resumed: " in first[0]
-    assert params_sha256(first[0]) == params_sha256(undisturbed[1])
-
-
-def test_a_cluster_that_jax_knows_needs_one_flag(tmp_path):
-    """Two tasks with the environment that Slurm would give them."""
-    short = ("--dataset=digits", "--num-epochs=1", "--batch-size=16384", "--num-iterations=1")
-    tasks = []
-    for number in range(2):
-        slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
-        slurm |= {"SLURM_NTASKS": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
-        tasks.append(
-            subprocess.Popen(
-                [sys.executable, PROGRAM, *short, "--coordinator-address=auto"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=tmp_path,
-                env=environment() | slurm,
-            )
-        )
-    first, second = finish(tasks)
+    (_, _, directory), _, (_, survivor, killed) = recorded
+    resume = f"--resume={shutil.copytree(directory / 'killed', tmp_path / 'run')}"
+    processes = start_processes([[PROGRAM, resume]] * 2)
+    next(line for line in processes[0].stdout if line.startswith("Epoch 3/"))
+    processes[0].send_signal(signal.SIGINT)
+    stopped, other = finish(processes, timeout=110)
+    for _, errors, status in (survivor, other):
+        # JAX ends a process itself if it hears of a death before the program does, and says so.
+        assert "if another process has ended, see why" in errors or "another task died" in errors
+        assert status != 0
+    assert (killed[2], stopped[2]) == (-signal.SIGKILL, 128 + signal.SIGINT)
+    assert_one_line_error(stopped[1], "by SIGINT; resume with: ", f"{tmp_path}/run and the flags")
+    flags = [resume, "--coordinator-address=auto"]
+    first, second = finish([start_program(*flags, env=slurm_task(x, 2)) for x in range(2)])
     assert (first[2], second[2]) == (0, 0), first[1] + second[1]
     assert "Device: 2 x cpu of 2 processes" in first[0]
-    assert "--- Training completed! ---" in first[0]
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-
-
-def test_processes_that_do_not_agree_are_refused(tmp_path):
-    """Each with its own seed."""
-    own = [["--seed=1"], ["--seed=2"]]
-    for output, errors, status in finish(start_processes([PROGRAM, *FLAGS], 2, tmp_path, 1, own)):
-        assert status == 1
-        assert "the processes differ in flags, data, versions or checkpoint; " in errors
-        assert "Starting" not in output
-    assert tree(tmp_path) == []
-
-
-def test_processes_that_do_not_go_on_from_the_same_checkpoint_are_refused(undisturbed, tmp_path):
-    """On hosts that do not share their disks, one may have lost its newest."""
-    for name in ("one", "other"):
-        shutil.copytree(undisturbed[0] / "run", tmp_path / name)
-        (tmp_path / name / "summary.json").unlink()
-    (tmp_path / "other" / "checkpoints" / "epoch-6.npz").unlink()
-    before = tree(tmp_path)
-    own = [["--resume=one"], ["--resume=other"]]
-    for output, errors, status in finish(start_processes([PROGRAM], 2, tmp_path, 1, own)):
-        assert status == 1
-        assert "the processes differ in flags, data, versions or checkpoint; " in errors
-        assert "Starting" not in output
-    assert tree(tmp_path) == before
-
-
-def test_without_an_address_a_process_runs_alone():
-    """Also where JAX takes the environment for a cluster of more."""
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4"}
-    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    flags = ("--dataset=digits", "--num-epochs=1", "--batch-size=16384")
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *flags], capture_output=True, text=True, env=environment() | slurm
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Device: 1 x cpu;" in done.stdout
+    assert "Resumed: " in first[0]
+    spoken = {line for line in second[0].splitlines() if not line.startswith("[Gloo]")}
+    assert spoken == {"Waiting for the other processes..."}
+    undisturbed = read_json(directory / "run" / "summary.json")
+    assert params_sha256(first[0]) == undisturbed["params_sha256"]
+    assert tree(tmp_path / "run") == tree(directory / "run")

@@ -1,45 +1,35 @@
 """The tutorial against the program: its snippets, commands, messages, exercises and one update."""
 
 import ast
-import itertools
+import importlib
 import re
 import shlex
-import shutil
-import subprocess
-import sys
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import one_update
 import pytest
-from common import state_and_step
-from conftest import ROOT, read_json, run_program
-from test_documents import READMES, RESULTS, read
+from common import read_results, state_and_step
+from conftest import ROOT, read_json
+from test_documents import read
 
 import grpo_mnist
 
 EXAMPLE = "from grpo_mnist import "  # How a block begins that is no piece of the file.
 
 
-def blocks(text, language):
-    """The contents of the fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def blocks(language, folded=False):
+    """The contents of the fenced blocks of a language: the folded ones, or the others."""
+    parts = re.split(r"</?details>", read("README.md"))[int(folded) :: 2]
+    return re.findall(rf"^```{language}\n(.*?)^```$", "\n".join(parts), re.MULTILINE | re.DOTALL)
 
 
-def folded(text):
-    return "\n".join(re.findall(r"<details>.*?</details>", text, re.DOTALL))
+# --- What is shown of the file, in English; test_documents.py compares the languages ---
 
 
-def unfolded(text):
-    return re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
-
-
-# --- What is shown of the file ---
-
-
-@pytest.mark.parametrize("readme", READMES)
-def test_snippets_are_lines_of_the_file(readme):
-    blocks_of_python = blocks(unfolded(read(readme)), "python")
-    snippets = [block for block in blocks_of_python if not block.startswith(EXAMPLE)]
+def test_snippets_are_lines_of_the_file():
+    snippets = [block for block in blocks("python") if not block.startswith(EXAMPLE)]
     assert len(snippets) > 10
     for snippet in snippets:
         assert f"\n{snippet}" in read("grpo_mnist.py"), snippet
@@ -63,17 +53,15 @@ def as_texts(node, texts):
         case ast.Constant(value=str(text)):
             return [text]
         case ast.JoinedStr(values=parts):
-            choices = itertools.product(*(as_texts(part, texts) for part in parts))
-            return ["".join(choice) for choice in choices]
+            return ["".join(each) for each in product(*(as_texts(part, texts) for part in parts))]
         case ast.FormattedValue(value=ast.Name(id=name)) if name in texts:
             others = {other: values for other, values in texts.items() if other != name}
             return [text for value in texts[name] for text in as_texts(value, others)]
     return ["..."]
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_messages_are_those_of_the_program(readme):
-    rows = re.findall(r"^\| `([^`]*(?:\.\.\.|\. |[a-z]) [^`]*)` \| [^|]* \|$", read(readme), re.M)
+def test_messages_are_those_of_the_program():
+    rows = re.findall(r"^\| `([^`]* [^`]*)` \| [^|]* \|$", read("README.md"), re.MULTILINE)
     assert len(rows) > 14
     templates = list(message_templates())
     for message in rows:
@@ -81,61 +69,39 @@ def test_messages_are_those_of_the_program(readme):
             assert any(piece.strip(" .") in template for template in templates), message
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_promises_name_tests_that_exist(readme):
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", read(readme))
-    assert len(named) > 10
-    for path, name in named:
-        assert f"\ndef {name}(" in read(path), (path, name)
-
-
 # --- What can be run ---
 
 
-def masked(line):
-    """A line without what differs from machine to machine."""
-    return re.sub(r"[0-9a-f]{64}|\d[\d.,-]*", "#", line)
+def masked(text):
+    """A text without what differs from machine to machine."""
+    return re.sub(r"[0-9a-f]{64}|\d[\d.,-]*", "#", text)
 
 
-SHORT = sorted(
-    {
-        command
-        for block in blocks(read("README.md"), "bash")
-        for command in block.splitlines()
-        if command.startswith("python grpo_mnist.py --dataset digits")
-    }
-)
+def test_a_first_look_and_the_use_of_its_network_are_as_shown(capfd, digits):
+    """With digits in the place of MNIST."""
+    (shown,) = blocks("text")
+    assert shown.splitlines() == read_results("accuracy")["rows"][0]["output"][-5:]
+    assert "python grpo_mnist.py --dataset digits --num-epochs 2\n" in blocks("bash")
+    assert grpo_mnist.main(["--dataset", "digits", "--num-epochs", "2"]) == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert masked(output).endswith(masked(shown.replace("mnist", "digits")))
+    (run_dir,) = Path("runs").iterdir()
+    (example,) = (x for x in blocks("python") if x.startswith(EXAMPLE))
+    example = re.sub(r"runs/[\w-]+", str(run_dir), example.replace('"mnist"', '"digits"'))
+    names = {}
+    exec(example, names)
+    assert len(names["answers"]) == len(names["probabilities"]) == 5
+    answers = names["actor"](digits.test_images / np.float32(255)).mode()
+    accuracy = np.mean(np.asarray(answers) == digits.test_labels)
+    assert accuracy == pytest.approx(read_json(run_dir / "summary.json")["test_accuracy"])
 
 
-def test_the_last_lines_are_those_of_the_committed_run():
-    (shown,) = blocks(read("README.md"), "text")
-    assert shown.splitlines() == committed_output()[-5:]
-
-
-def committed_output():
-    return read_json(RESULTS / "accuracy.json")["rows"][0]["runs"][0]["output"]
-
-
-def test_there_are_short_commands():
-    assert len(SHORT) == 2
-
-
-@pytest.mark.parametrize("command", SHORT)
-def test_the_short_commands_run_and_end_as_shown(command):
-    status, output, errors = run_program(*shlex.split(command)[2:])
-    assert (status, errors) == (0, "")
-    shown = [masked(line.replace("mnist", "digits")) for line in committed_output()]
-    assert [masked(line) for line in output.splitlines()[-5:]] == shown[-5:]
-    if "--baseline group" in command:  # the one of the exercise
-        assert re.search(r"^Accuracy 84\.\d\d%", output, re.MULTILINE), output
-
-
-def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir):
+def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir, monkeypatch, capsys):
     """In the trainer's own step, too: the mean of the losses, and what it held."""
-    committed = read_json(RESULTS / "one_update.json")
+    committed = read_results("one_update")
     update, _ = one_update.first_update(mnist)
-    assert (update["labels"], update["answers"]) == (committed["labels"], committed["answers"])
-    for name in ("rewards", "mean", "deviation", "advantages"):
+    for name in ("labels", "answers", "rewards", "mean", "deviation", "advantages"):
         np.testing.assert_allclose(update[name], committed[name], rtol=1e-5)
     for ours, theirs in zip(update["rounds"], committed["rounds"], strict=True):
         assert ours["held"] == theirs["held"]
@@ -143,112 +109,61 @@ def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
     config = grpo_mnist.parse_flags(shlex.split(one_update.COMMAND)[2:])
     state, step = state_and_step(mnist, config)
-    images, labels = next(grpo_mnist.batches(config, mnist, epoch=1))
-    _, metrics = step(state, images, labels)
+    _, metrics = step(state, *next(grpo_mnist.batches(config, mnist, epoch=1)))
     for name in ("loss", "clip_ratio_low", "clip_ratio_high", "grad_norm"):
         by_round = [each[name] for each in committed["rounds"]]
         assert metrics[name] == pytest.approx(np.mean(by_round), rel=1e-3)
-    program = [sys.executable, str(ROOT / "benchmarks" / "one_update.py"), "--data-dir", mnist_dir]
-    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    described = list(one_update.describe(committed))
-    assert list(map(masked, printed.splitlines())) == list(map(masked, described))
-
-
-def test_a_trained_network_is_loaded_as_shown(tmp_path, digits):
-    """The README's example, with digits in the place of MNIST."""
-    blocks_of_python = blocks(unfolded(read("README.md")), "python")
-    (example,) = (block for block in blocks_of_python if block.startswith(EXAMPLE))
-    example = example.replace("mnist-0", "digits-0").replace('"mnist"', '"digits"')
-    (run_dir,) = re.findall(r"runs/[\w-]+", example)
-    grpo_mnist.train(grpo_mnist.Config(dataset="digits", num_epochs=1, output_dir=run_dir))
-    names = {}
-    exec(example, names)
-    assert len(names["answers"]) == len(names["probabilities"]) == 5
-    answers = names["actor"](digits.test_images / np.float32(255)).mode()
-    accuracy = np.mean(np.asarray(answers) == digits.test_labels)
-    assert accuracy == pytest.approx(read_json(f"{run_dir}/summary.json")["test_accuracy"])
+    monkeypatch.setattr("sys.argv", ["one_update.py", "--data-dir", str(mnist_dir)])
+    one_update.main()
+    described = "\n".join([*one_update.describe(committed), ""])
+    assert masked(capsys.readouterr().out) == masked(described)
 
 
 # --- The exercises ---
 
 WRONG = {  # plausible, and to be found out
-    "memory": "return billions * (16 if mixed_precision else 8)",
-    "advantage": "return 1 - share_right, -share_right",
-    "silent": "return share_right**num_generations",
-    "order": "return np.tile(np.arange(num_images), num_generations)",
-    "held": "return abs(ratios - 1) > epsilon",
-    "loo": "return group_advantages",
-    "k3": "return log_probs - reference_log_probs",
-    "collapse": "return []",
+    "memory": lambda billions, mixed, *_: billions * (16 if mixed else 8),
+    "advantage": lambda share_right: (1 - share_right, -share_right),
+    "silent": lambda share_right, num_generations: share_right**num_generations,
+    "order": lambda num_images, num_generations: list(range(num_images)) * num_generations,
+    "held": lambda ratios, advantages, epsilon: abs(ratios - 1) > epsilon,
+    "loo": lambda group_advantages: group_advantages,
+    "k3": lambda log_probs, reference_log_probs: log_probs - reference_log_probs,
+    "collapse": lambda: ["--num-epochs", "10"],
 }
 
 
-def run_exercises(directory, answers):
-    """Runs the exercises as a reader would who has filled in the answers: outcomes by exercise."""
-    shutil.copytree(ROOT / "tests" / "exercises", directory)
-    with (directory / "exercises.py").open("a") as file:
-        file.write(answers)
-    program = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", str(directory)]
-    program += [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
-    outcomes = {}
-    for outcome, name in re.findall(r"^(PASSED|FAILED) \S*::test_(\w+)", done.stdout, re.MULTILINE):
-        outcomes.setdefault(name, set()).add(outcome)
-    return outcomes, done.stdout
+def check(name, answer, monkeypatch):
+    """Checks an answer as if a reader had written it into exercises.py."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "exercises")
+    checks = importlib.import_module("test_exercises")
+    monkeypatch.setattr(checks.exercises, name, answer)
+    getattr(checks, f"test_{name}")()
 
 
-def test_the_folded_answers_solve_the_exercises(tmp_path):
-    answers = blocks(folded(read("README.md")), "python")
-    outcomes, output = run_exercises(tmp_path / "exercises", "\n\n".join(answers))
-    assert outcomes == {name: {"PASSED"} for name in WRONG}, output
+EXERCISES = re.findall(r"^def (\w+)", read("tests/exercises/exercises.py"), re.MULTILINE)
 
 
-def instead(bodies):
-    """The functions of the exercises with other bodies, to be appended to the file."""
-    text = read("tests/exercises/exercises.py")
-    functions = {name: re.search(rf"^def {name}\(.*\):$", text, re.M)[0] for name in bodies}
-    return "\n\n".join(f"{functions[name]}\n    {body}\n" for name, body in bodies.items())
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_folded_answer_solves_the_exercise(name, monkeypatch):
+    names = {"np": np}
+    exec("\n".join(blocks("python", folded=True)), names)
+    check(name, names[name], monkeypatch)
 
 
-def test_wrong_answers_do_not(tmp_path):
-    outcomes, output = run_exercises(tmp_path / "exercises", instead(WRONG))
-    assert all("FAILED" in outcomes[name] for name in WRONG), output
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_wrong_answer_or_none_does_not(name, monkeypatch):
+    """Without an answer, the exercise fails in one line."""
+    with pytest.raises(AssertionError):
+        check(name, WRONG[name], monkeypatch)
+    with pytest.raises(pytest.fail.Exception, match=f"^{name} returns nothing yet: .*$") as failure:
+        check(name, lambda *_: None, monkeypatch)
+    assert not failure.value.pytrace
 
 
-def test_without_answers_they_are_skipped(tmp_path):
-    outcomes, output = run_exercises(tmp_path / "exercises", instead(dict.fromkeys(WRONG, "...")))
-    assert outcomes == {}
-    assert re.search(r"returns nothing yet.*\n.* 14 skipped", output), output
-
-
-# --- Traditional Chinese, as written in Taiwan ---
-
-
-def test_no_character_is_simplified():
-    """Big5, the character set of Taiwan, has none of those that are Simplified only."""
-    unknown = {
-        character
-        for character in read("README_ch.md")
-        if "\u3400" <= character <= "\u9fff" and not is_traditional(character)
-    }
-    assert unknown == set()
-
-
-def is_traditional(character):
-    try:
-        character.encode("big5")
-    except UnicodeEncodeError:
-        return False
-    return character not in SIMPLIFIED_IN_BIG5
-
-
-# Simplified forms that Big5 has for other reasons, as rare characters of their own.
-SIMPLIFIED_IN_BIG5 = "与个么优体儿凄听圣坏复宁岭庄异怀怜惊扑扰机构气泞洁洼痒离篱网茧虱蚕触"
-
-
-@pytest.mark.parametrize(
-    "word", ["数据", "默認", "信息", "網絡", "程序", "內存", "運行", "代碼", "激活", "算法", "缺省"]
-)
-def test_words_are_those_of_taiwan(word):
-    text = read("README_ch.md").replace("演算法", "").replace("結束代碼", "")
-    assert word not in text
+def test_the_run_of_the_last_exercise_collapses(capfd, monkeypatch):
+    with pytest.raises(AssertionError, match=r"by digit: .* 0 +\d+\]"):  # no answer is 8
+        check("collapse", lambda: [], monkeypatch)
+    flags = " ".join(importlib.import_module("test_exercises").COLLAPSE.split())
+    assert f"python grpo_mnist.py {flags}\n" in blocks("bash")
+    assert re.search(r"^Accuracy 84\.\d\d%", capfd.readouterr().out, re.MULTILINE)

@@ -2,7 +2,7 @@
 
     python -m pytest tests/exercises -k memory
 
-An exercise that is not answered yet is skipped. The README has the answers, folded.
+An exercise that is not answered yet fails in one line. The README has the answers, folded.
 """
 
 import numpy as np  # noqa: F401
