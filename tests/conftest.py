@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import pytest
 import tensorflow_datasets as tfds
-from common import train_in_memory  # noqa: F401
 
 import grpo_mnist
 

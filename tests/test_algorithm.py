@@ -69,6 +69,15 @@ def test_every_baseline_by_hand(baseline, scale_rewards, expected):
     np.testing.assert_allclose(advantages, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale_rewards", ["batch", "group"])
+def test_deviations_are_1e_8_larger_and_nothing_is_expected_by_default(scale_rewards):
+    rewards = [[0.0, 4e-8]]  # They deviate by 2e-8.
+    advantages = grpo_mnist.group_advantages(
+        rewards, baseline="critic", scale_rewards=scale_rewards
+    )
+    np.testing.assert_allclose(advantages, [[0, 4 / 3]], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("rewards", "with_group", "with_none"),
     [
@@ -339,7 +348,7 @@ CONFIGS = {
     "GRPO": short(**GRPO, beta=5.0, kl_estimator="k3"),
     "DAPO": short(**GRPO, clip_epsilon_high=0.28, dynamic_sampling=True),
     "exact KL": short(beta=5.0),
-    "corrected k3": short(beta=5.0, kl_estimator="k3_corrected"),
+    "corrected k3": short(beta=0.5, kl_estimator="k3_corrected"),
     # Without the bonus, some gradients of the biases cancel to rounding.
     "RLOO": short(baseline="loo", scale_rewards="none", entropy_coef=0.1),
     "moving average": short(baseline="ema"),

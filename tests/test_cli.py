@@ -67,9 +67,11 @@ WRONG = {  # flags, and what the line on standard error must hold
     "--dataset=mnist --data-dir=a-file": "--data-dir a-file must be a directory",
 }
 WRONG |= {flags: flags.split()[0] for flags in NOT_UNDERSTOOD}
-for rule, (*names, values) in OUT_OF_RANGE.items():
-    for name, value in itertools.product(names, values.split()):
-        WRONG[f"--{name}={value}"] = f"--{name} {value} must be {rule}"
+WRONG |= {
+    f"--{name}={value}": f"--{name} {value} must be {rule}"
+    for rule, (*names, values) in OUT_OF_RANGE.items()
+    for name, value in itertools.product(names, values.split())
+}
 
 
 @pytest.mark.parametrize("flags", WRONG)
@@ -84,6 +86,7 @@ def test_bad_input_is_refused_in_one_line(flags, tmp_path, monkeypatch, capfd):
     output, errors = capfd.readouterr()
     assert output == ""
     assert_one_line_error(errors, WRONG[flags])
+    assert "memory" not in errors  # as it is not the cause
     assert tree(tmp_path) == before
     assert (tmp_path / "a-file").read_text() == "mine"
 
@@ -120,6 +123,7 @@ ANSWERS_PER_IMAGE = {  # They depend on what is compared.
     "--loss-type=dg --baseline=group --scale-rewards=mean": 8,
     "--loss-type=tpo --baseline=critic --scale-rewards=none --num-minibatches=2": 1,
     "--kl-estimator=k3_corrected --beta=0.1 --ref-sync-epochs=1": 1,
+    "--coordinator-address=here:1 --num-processes=2 --process-id=0": 1,
 }
 
 
