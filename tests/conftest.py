@@ -38,6 +38,11 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def pytest_collection_modifyitems(items):
+    """The smoke test first."""
+    items.sort(key=lambda item: "test_smoke" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def somewhere_else(tmp_path, monkeypatch):
     """An empty working directory, an empty data directory, and no way to the network."""
