@@ -28,14 +28,23 @@ METRICS = {  # what a line of metrics.jsonl holds
 
 def pytest_configure(config):
     """What one test has compiled, the next ones find, in this process and in those it starts."""
+    if hasattr(config, "workerinput"):
+        return  # The workers use the cache of the process that started them.
     cache = tempfile.TemporaryDirectory()
     config.add_cleanup(cache.cleanup)
-    settings = {"cache_dir": cache.name, "cache_max_size": 2**30}  # With a limit, it has a lock.
+    settings = {
+        "jax_compilation_cache_dir": cache.name,
+        "jax_compilation_cache_max_size": 2**30,  # With a limit, it has a lock.
+        "jax_persistent_cache_min_compile_time_secs": 0.1,  # Each write reads the directory.
+    }
     for name, value in settings.items():
-        os.environ[f"JAX_COMPILATION_{name.upper()}"] = str(value)
-        jax.config.update(f"jax_compilation_{name}", value)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two workers for all tests, none for some of them, since a worker takes time to start."""
+    return 2 if config.args == config.getini("testpaths") else 0
 
 
 def pytest_collection_modifyitems(items):
