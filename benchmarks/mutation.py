@@ -94,7 +94,8 @@ def try_out(mutated, suite, data_dir):
         shutil.copytree(suite, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         shutil.copytree(data_dir / "downloads" / "manual", shared)  # A mutant may spoil it.
         (project / PROGRAM).write_text(mutated)
-        command = [sys.executable, "-m", "pytest", "-xqn0", "--tb=no", "-k", f"not ({NOT_COUNTED})"]
+        command = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no"]
+        command += ["-k", f"not ({NOT_COUNTED})"]
         process = subprocess.Popen(
             command,
             cwd=project,
