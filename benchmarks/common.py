@@ -89,6 +89,11 @@ def read_results(name):
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def rows_of(name):
+    """The rows of a result by their names."""
+    return {row["name"]: row for row in read_results(name)["rows"]}
+
+
 def results_to_continue(name, anew=False):
     """The results that are there, if they are of this program and this machine; else none."""
     if anew or not (RESULTS / f"{name}.json").exists():
@@ -104,6 +109,10 @@ def spread(values):
         return values
     middle = statistics.median(values)
     return {"median": middle, "min": min(values), "max": max(values), "n": len(values)}
+
+
+def median(values):
+    return spread(values)["median"]
 
 
 def over_seeds(by_seed):

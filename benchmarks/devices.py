@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -136,10 +136,17 @@ def params_sha256(output):
     return re.search(r"^params_sha256: (\w+)$", output, re.MULTILINE)[1]
 
 
+@cache
+def undisturbed_sha256(num_processes):
+    """What a run of so many processes comes to if nothing happens to it."""
+    with tempfile.TemporaryDirectory() as directory:
+        first, *_ = finish(start_processes([[PROGRAM, *FLAGS]] * num_processes, directory))
+    return params_sha256(first[0])
+
+
 def kill(num_processes, victim, repeats=3):
     """A row of the table of deaths: seconds until the last other process has ended, and how."""
-    with tempfile.TemporaryDirectory() as directory:
-        undisturbed, *_ = finish(start_processes([[PROGRAM, *FLAGS]] * num_processes, directory))
+    expected = undisturbed_sha256(num_processes)
     row = {"processes": num_processes, "killed": victim, "seconds": []}
     row |= dict.fromkeys(("others", "others_with_own_line", "resumed", "same_result"), 0)
     for _ in range(repeats):
@@ -157,7 +164,7 @@ def kill(num_processes, victim, repeats=3):
         row["others"] += len(ended)
         row["others_with_own_line"] += sum("grpo_mnist.py: " in errors for _, errors, _ in ended)
         row["resumed"] += 1
-        row["same_result"] += params_sha256(resumed[0]) == params_sha256(undisturbed[0])
+        row["same_result"] += params_sha256(resumed[0]) == expected
     print(row, flush=True)
     return row
 

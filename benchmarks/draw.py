@@ -12,17 +12,13 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-from common import RESULTS, camps, fit_slope, grpo_mnist, over_seeds, read_results, spread
+from common import RESULTS, camps, fit_slope, grpo_mnist, over_seeds, read_results, rows_of, spread
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from one_update import COMMAND
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROMISED = (1, 10), (85, 97)  # epochs and %, in the table that circulates with the original values
-
-
-def rows_of(results):
-    return {row["name"]: row for row in read_results(results)["rows"]}
 
 
 def new_figure(name):

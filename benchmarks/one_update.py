@@ -21,7 +21,7 @@ COMMAND = "python grpo_mnist.py --seed 2 --batch-size 8 --learning-rate 3e-4"
 
 
 def first_update(dataset):
-    """What train_step computes for the first batch, round by round, as lists; and the images."""
+    """What train_step computes for the first batch, round by round, as lists."""
     config = grpo_mnist.parse_flags(shlex.split(COMMAND)[2:])
     images, labels = (x[0] for x in next(grpo_mnist.batches(config, dataset, epoch=1)))
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
@@ -64,7 +64,7 @@ def first_update(dataset):
         "deviation": rewards.std().item(),
         "advantages": advantages.tolist(),
         "rounds": rounds,
-    }, images
+    }
 
 
 def describe(update):
@@ -97,7 +97,7 @@ def main():
         dataset = grpo_mnist.load_dataset("mnist", options.data_dir.expanduser())
     except (grpo_mnist.RunError, grpo_mnist.UsageError) as error:
         parser.exit(1, f"one_update.py: {error}\n")
-    update, _ = first_update(dataset)
+    update = first_update(dataset)
     print("\n".join(describe(update)))
     if options.write:
         write_results("one_update", update)

@@ -67,7 +67,7 @@ def ratio(timed, one, other):
 
 def slope(rows):
     """The p of time ~ size ** p, with its standard error."""
-    times = [spread(row["epoch_seconds"])["median"] for row in rows]
+    times = [common.median(row["epoch_seconds"]) for row in rows]
     fit = common.fit_slope([row["size"] for row in rows], times)
     return f"{fit['slope']:.2f} ± {fit['standard_error']:.2f}"
 

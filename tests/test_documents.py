@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from common import read_results, spread
+from common import median, rows_of
 from conftest import METRICS, ROOT, flag
 from packaging.requirements import Requirement
 from report import MARKED, MARKS, by_seed, environment, points, ratio
@@ -25,14 +25,6 @@ def read(name):
 
 
 # --- Figures in the English prose; that the languages agree is tested below ---
-
-
-def rows_of(name):
-    return {row["name"]: row for row in read_results(name)["rows"]}
-
-
-def median(values):
-    return spread(values)["median"]
 
 
 def sentences():

@@ -1,9 +1,8 @@
 """The committed results reach what was asked for and bear out what the texts say about them."""
 
 import numpy as np
-from common import over_seeds, paired_difference, read_results, spread
+from common import median, over_seeds, paired_difference, read_results, rows_of, spread
 from report import errors, ratio
-from test_documents import median, rows_of
 from train import taken
 
 

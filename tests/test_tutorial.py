@@ -100,7 +100,7 @@ def test_a_first_look_and_the_use_of_its_network_are_as_shown(capfd, digits):
 def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir, monkeypatch, capsys):
     """In the trainer's own step, too: the mean of the losses, and what it held."""
     committed = read_results("one_update")
-    update, _ = one_update.first_update(mnist)
+    update = one_update.first_update(mnist)
     for name in ("labels", "answers", "rewards", "mean", "deviation", "advantages"):
         np.testing.assert_allclose(update[name], committed[name], rtol=1e-5)
     for ours, theirs in zip(update["rounds"], committed["rounds"], strict=True):
