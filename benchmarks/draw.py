@@ -1,38 +1,51 @@
-"""Draws every picture of the READMEs from the committed results, and those of formulas.
+"""Draws every picture of the READMEs, in both languages, from the committed results and formulas.
 
-    python benchmarks/draw.py [--data-dir DIR]
+    python benchmarks/draw.py
 
-one_update.png shows images of MNIST, and is drawn only with DIR, which is as for grpo_mnist.py.
+The pictures have no background, so that they can be read on light pages and on dark ones.
 """
 
-import argparse
-import shlex
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 
+import matplotlib.font_manager
 import matplotlib.style
 import numpy as np
 from common import RESULTS, camps, fit_slope, grpo_mnist, over_seeds, read_results, rows_of, spread
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from one_update import COMMAND
+from one_update import first_batch
 
 TEMPLATES = Path(__file__).parent / "templates"
+CHINESE_FONT = "mpltw", "mpltw/TaipeiSansTCBeta-Regular.ttf"  # a package and its file
 PROMISED = (1, 10), (85, 97)  # epochs and %, in the table that circulates with the original values
+RIGHT, WRONG, NEUTRAL = "C0", "C1", "0.5"  # what the colors of answers mean in every picture
+SHARES = LinearSegmentedColormap.from_list("shares", [(0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0)])
 
 
-def new_figure(name):
-    """A picture and its panels as pictures.toml describes them, with the curves that they show."""
-    picture = tomllib.loads((TEMPLATES / "pictures.toml").read_text(encoding="utf-8"))[name]
+def read_toml(name):
+    return tomllib.loads((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def new_figure(name, t):
+    """A picture and its panels as pictures.toml describes them, with the curves that they show.
+
+    t translates words: str -> str.
+    """
+    picture = read_toml("pictures.toml")[name]
     figure = Figure(figsize=picture["size"])
     panels = figure.subplot_mosaic(**picture["panels"])
     for letter, axes in panels.items():
         settings = picture.get("all", {}) | picture.get(letter, {})
         results, curves = settings.pop("results", None), settings.pop("curves", ())
+        for words in {"title", "xlabel", "ylabel"} & set(settings):
+            settings[words] = t(settings[words])
         axes.set(**settings)
         axes.minorticks_off()
-        for row_name, *curve in curves:
-            draw_curve(axes, rows_of(results)[row_name], *curve)
+        for row_name, metric, style, label in curves:
+            draw_curve(axes, rows_of(results)[row_name], metric, style, t(label))
     return figure, list(panels.values())
 
 
@@ -41,45 +54,170 @@ def draw_curve(axes, row, metric, style, label):
     curves = 100 * np.array(row["curves"][metric])  # (epochs, seeds)
     epochs = range(1, len(curves) + 1)
     if any(camps(by_seed / 100) for by_seed in curves):
-        (line,) = axes.plot(epochs, curves[:, 0], style, lw=1, label=f"{label}, each seed")
-        axes.plot(epochs, curves[:, 1:], style, lw=1, color=line.get_color())
+        axes.plot(epochs, curves, style, lw=1)[0].set_label(label)
         return
     mean, margin = np.transpose([tuple(over_seeds(by_seed).values()) for by_seed in curves])
     (line,) = axes.plot(epochs, mean, style, label=label)
     axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.2, color=line.get_color())
 
 
-def draw_learning():
-    figure, (axes,) = new_figure("learning")
-    axes.plot(*PROMISED, "kx", ms=8, mew=2, zorder=3, label="what is promised for them")
+def draw_bars(axes, before, after, label):
+    """The ten probabilities of an image, before the update (outlined) and after it (filled)."""
+    colors = [RIGHT if digit == label else WRONG for digit in range(10)]
+    axes.bar(range(10), after, color=colors)
+    axes.bar(range(10), before, fill=False, edgecolor=NEUTRAL)
+    axes.grid(False)
+
+
+def draw_flow(t):
+    """The third image of the update: probabilities, answers, rewards, advantages, and after it."""
+    update, (_, _, images, _) = read_results("one_update"), first_batch()
+    label, before = update["labels"][2], update["rounds"][0]["probabilities"][2]
+    figure, (image, bars, answers, after) = new_figure("flow", t)
+    image.imshow(images[2].reshape(28, 28), cmap=SHARES)
+    image.grid(False)
+    bars.bar(range(10), before, color=NEUTRAL)
+    draw_bars(after, before, update["probabilities_after"][2], label)
+    answers.axis("off")
+    for column, name in enumerate(("answer", "reward", "advantage")):
+        answers.text(column, 4.4, t(name), ha="center", size=9)
+    rows = zip(*(update[name][2] for name in ("answers", "rewards", "advantages")), strict=True)
+    for row, (answer, reward, advantage) in enumerate(rows):
+        color = RIGHT if reward else WRONG
+        for column, text in enumerate((f"{answer}", f"{reward:.0f}", f"{advantage:+.0f}")):
+            answers.text(column, 3.4 - row, text, ha="center", size=12, color=color)
     return figure
 
 
-def draw_breaking():
-    figure, (_, axes, *_) = new_figure("breaking")
-    collapse = rows_of("breaking")["class collapse"]
-    confusion = np.array(collapse["worst_confusion"])
+def draw_collapse(t):
+    """REINFORCE: the accuracy of each seed, and what the worst seed says to each digit."""
+    figure, (_, axes) = new_figure("collapse", t)
+    row = rows_of("grown")["REINFORCE"]
+    confusion = np.array(row["worst_confusion"])
     shares = 100 * confusion / confusion.sum(axis=1, keepdims=True)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(picture, ax=axes, label="%", shrink=0.8)
+    axes.imshow(shares, cmap=SHARES, vmin=0, vmax=250)
     for image, answer in np.argwhere(shares >= 1):
-        color = "white" if shares[image, answer] > 50 else "black"
-        style = {"ha": "center", "va": "center", "size": 8, "color": color}
-        axes.text(answer, image, f"{shares[image, answer]:.0f}", **style)
-    axes.set_title(f"seed {collapse['worst_seed']} of it: answers to test images (% of a row)")
+        text = f"{shares[image, answer]:.0f}"
+        color = RIGHT if image == answer else WRONG
+        axes.text(answer, image, text, ha="center", va="center", size=7, color=color)
+    axes.set_title(t("answers of seed {} (% of a row)").format(row["worst_seed"]))
     axes.grid(False)
     return figure
 
 
-def draw_algorithms():
-    figure, (_, axes) = new_figure("algorithms")
+def draw_one_update(t):
+    """The ten probabilities of each image before and after; below, each answer's ratio."""
+    update, (_, _, images, _) = read_results("one_update"), first_batch()
+    figure, (*panels, below) = new_figure("one_update", t)
+    for i, (image, bars) in enumerate(zip(panels[::2], panels[1::2], strict=True)):
+        image.imshow(images[i].reshape(28, 28), cmap=SHARES)
+        image.set(title=t("image {}").format(i + 1), xticks=[], yticks=[])
+        image.grid(False)
+        before, after = update["rounds"][0]["probabilities"][i], update["probabilities_after"][i]
+        draw_bars(bars, before, after, update["labels"][i])
+        bars.set(ylim=(0, 0.17), yticks=[])
+    ratios, clipped = (
+        np.array([x[name] for x in update["rounds"]]) for name in ("ratios", "clipped")
+    )
+    rounds, ends = np.arange(1, 5), {}
+    for i, j in np.ndindex(ratios.shape[1:]):
+        advantage, answer = update["advantages"][i][j], update["answers"][i][j]
+        color = NEUTRAL if advantage == 0 else RIGHT if advantage > 0 else WRONG
+        below.plot(rounds, ratios[:, i, j], color=color, marker="o")
+        at = clipped[:, i, j]
+        below.plot(rounds[at], ratios[at, i, j], "o", color=color, mfc="none", ms=11)
+        ends[t("image {}, answer {}").format(i + 1, answer)] = ratios[-1, i, j], color
+    height = 0.0
+    for text, (ratio, color) in sorted(ends.items(), key=lambda end: end[1]):
+        height = max(ratio, height + 0.045)  # Names that would overlap are moved up.
+        below.text(4.1, height, text, va="center", size=8, color=color)
+    for color, words in ((RIGHT, "right"), (WRONG, "wrong"), (NEUTRAL, "silent group")):
+        below.plot([], [], "o-", color=color, label=t(words))
+    below.plot([], [], "o", color=NEUTRAL, mfc="none", ms=11, label=t("clipped: no gradient"))
+    below.axhspan(0.8, 1.2, color=NEUTRAL, alpha=0.15, zorder=0)
+    return figure
+
+
+def draw_groups(t):
+    """Rewards of four images with four answers each; what one of them is compared with."""
+    rewards = np.array([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0]])
+    framed = image, answer = 1, 2
+    images, answers = np.indices(rewards.shape)
+    own = images == image
+    groups = {"batch": own | True, "group": own, "loo": own & (answers != answer)}
+    figure, panels = new_figure("groups", t)
+    figure.suptitle(t("rewards: the framed one is compared with the mean of the shaded ones"))
+    for axes, (baseline, group) in zip(panels, groups.items(), strict=True):
+        axes.pcolormesh(group, cmap=SHARES, vmin=0, vmax=2.5, edgecolors="0.6")
+        for (i, j), reward in np.ndenumerate(rewards):
+            color = RIGHT if reward else WRONG
+            axes.text(j + 0.5, i + 0.5, reward, ha="center", va="center", color=color)
+        axes.add_patch(Rectangle((answer, image), 1, 1, fill=False, edgecolor=RIGHT, linewidth=2.5))
+        advantages = grpo_mnist.group_advantages(rewards, baseline=baseline, scale_rewards="none")
+        by_hand = f"1 - {1 - advantages[framed]:.2f} = {advantages[framed]:+.2f}"
+        axes.set_title(f"--baseline {baseline}\n{by_hand}")
+        axes.grid(False)
+    return figure
+
+
+def draw_clip(t):
+    """What the loss counts for an answer, by its ratio; and advantages by the share of right."""
+    figure, (left, right) = new_figure("clip", t)
+    ratio = np.linspace(0.4, 1.6, 241)
+    for advantage, color, label in ((1.0, RIGHT, "Â = +1: right"), (-1.0, WRONG, "Â = -1: wrong")):
+        loss = np.vectorize(grpo_mnist.ppo_clip_loss)(np.log(ratio), 0.0, advantage, 0.2, 0.2)
+        clipped = ratio > 1.2 if advantage > 0 else ratio < 0.8
+        left.plot(ratio, -loss, color, lw=2, label=t(label))
+        left.plot(ratio[clipped], -loss[clipped], color, lw=7, alpha=0.4)
+    left.plot([], [], NEUTRAL, lw=7, alpha=0.4, label=t("clipped: no gradient"))
+    left.axvspan(0.8, 1.2, color=NEUTRAL, alpha=0.15, zorder=0)
+    share = np.arange(1, 100) / 100
+    right.plot(share, np.sqrt((1 - share) / share), RIGHT, lw=2, label=t("right"))
+    right.plot(share, -np.sqrt(share / (1 - share)), WRONG, lw=2, label=t("wrong"))
+    return figure
+
+
+def draw_memory(t):
+    """Stacked bars of gigabytes for eight billion parameters."""
+    figure, (axes,) = new_figure("memory", t)
+    for kind, weights, adam in (("bf16 + fp32", 6, 8), ("bf16", 2, 4)):
+        network = [("W", weights), ("G", 2), ("Adam", adam)]
+        actor, critic = ([(color, *part) for part in network] for color in ("C2", "C4"))
+        reference = [(NEUTRAL, "W", 2)]
+        for method, parts in (
+            ("GRPO, β = 0", actor),
+            ("GRPO", actor + reference),
+            ("PPO", actor + critic + reference),
+        ):
+            left, name = 0, f"{method}, {kind}"
+            for color, label, size in parts:
+                bar = axes.barh(name, 8 * size, left=left, color=color, edgecolor="white")
+                axes.bar_label(bar, [label], label_type="center", size=8, color="white")
+                left += 8 * size
+            axes.text(max(left, 80) + 4, name, f"{left} GB", va="center", size=9)
+    for color, label in (("C2", "actor"), ("C4", "critic"), (NEUTRAL, "reference")):
+        axes.barh(name, 0, color=color, label=t(label))
+    axes.axvline(80, color="C3", ls="--", label=t("a GPU of 80 GB"))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def draw_learning(t):
+    figure, (axes, _) = new_figure("learning", t)
+    axes.plot(*PROMISED, "x", color="C3", ms=8, mew=2, label=t("what is promised for them"))
+    return figure
+
+
+def draw_algorithms(t):
+    """The error of every algorithm after ten epochs."""
+    figure, (axes,) = new_figure("algorithms", t)
     rows = rows_of("comparison")
     compared = [row for row in rows.values() if "command" in row and len(row["seeds"]) == 5]
     for metric, color, shift, label in (
-        ("accuracy", "C0", -0.2, "training images, sampled answer"),
-        ("test_accuracy", "C1", 0.2, "test images, likeliest answer"),
+        ("accuracy", "C2", -0.2, "training images, sampled answer"),
+        ("test_accuracy", "C4", 0.2, "test images, likeliest answer"),
     ):
-        axes.errorbar([], [], xerr=[], fmt="s", color=color, label=label)
+        axes.errorbar([], [], xerr=[], fmt="s", color=color, label=t(label))
         for position, row in enumerate(compared):
             errors = 100 - 100 * np.array(row[metric])
             mean, margin = over_seeds(errors).values()
@@ -88,138 +226,56 @@ def draw_algorithms():
                 axes.plot(errors, at, "o", color=color, mfc="none", ms=5)
             else:
                 axes.errorbar(mean, position + shift, xerr=margin, fmt="s", color=color)
-    axes.plot([], [], "ko", mfc="none", ms=5, label="each seed, where they fall into camps")
+    axes.plot([], [], "o", color=NEUTRAL, mfc="none", ms=5, label=t("each seed, where in camps"))
     labels = 100 - 100 * np.mean(rows["labels, tuned"]["test_accuracy"])
-    axes.axvline(labels, color="k", lw=1, ls=":", label="labels, tuned, test images")
-    axes.set_yticks(range(len(compared)), [row["name"] for row in compared])
-    axes.set_ylim(len(compared) - 0.4, -3.6)
+    axes.axvline(labels, color=NEUTRAL, lw=1, ls=":", label=t("labels, tuned, test images"))
+    axes.set_yticks(range(len(compared)), [t(row["name"]) for row in compared])
+    axes.set_ylim(len(compared) - 0.4, -4.6)
     return figure
 
 
-def draw_growth():
+def draw_growth(t):
     results = read_results("growth")
-    figure, panels = new_figure("growth")
+    figure, panels = new_figure("growth", t)
     kinds = ("num_generations", "batch_size", "width", "num_seeds")
     for axes, kind in zip(panels, kinds, strict=True):
         rows = results["growth"][kind]["rows"]
         sizes = np.array([row["size"] for row in rows])
         times = [spread(row["epoch_seconds"]) for row in rows]
-        low, median, high = (np.array([t[x] for t in times]) for x in ("min", "median", "max"))
+        low, median, high = (np.array([x[y] for x in times]) for y in ("min", "median", "max"))
         axes.errorbar(sizes, median, (median - low, high - median), fmt="o")
         slope, error = fit_slope(sizes, median).values()
         factor = np.exp(np.log(median).mean() - slope * np.log(sizes).mean())
-        axes.plot(sizes, factor * sizes**slope, "k--", lw=1)
-        axes.set_title(f"slope {slope:.2f}, standard error {error:.2f}", fontsize=9)
+        axes.plot(sizes, factor * sizes**slope, "--", color=NEUTRAL, lw=1)
+        axes.set_title(f"{t('slope')} {slope:.2f} ± {error:.2f}", fontsize=9)
         axes.set_xticks(sizes, sizes, rotation=45)
-    machine = f"{results['device']}, {results['cores']} cores; median and range"
-    figure.suptitle(f"{machine} of {times[0]['n']}; dashed: the power of the size that fits best")
     return figure
 
 
-def draw_one_update(images):
-    """The images and what came of them; below, how the ratios move, round by round."""
-    update = read_results("one_update")
-    right = np.array(update["rewards"]) == 1
-    figure, (*panels, below) = new_figure("one_update")
-    for i, axes in enumerate(panels):
-        axes.imshow(images[i].reshape(28, 28), cmap="gray_r")
-        said = f"said {update['answers'][i]} ({update['rounds'][0]['probabilities'][i]:.1%})"
-        verdict = f"{'right' if right[i] else 'wrong'}, {update['advantages'][i]:+.2f}"
-        axes.set_title(f"image {i + 1}: a {update['labels'][i]}")
-        axes.set_xlabel(f"{said}\n{verdict}", fontsize=9)
-        axes.spines[:].set(color="C0" if right[i] else "C1", linewidth=2)
-    below.axhspan(0.8, 1.2, color="0.9", zorder=0, label="between 1 - epsilon and 1 + epsilon")
-    ratios, held = (np.array([each[x] for each in update["rounds"]]) for x in ("ratios", "held"))
-    rounds = np.arange(1, len(ratios) + 1)
-    below.plot(rounds, ratios[:, right], "C0o-")[0].set_label("right answers")
-    below.plot(rounds, ratios[:, ~right], "C1s-")[0].set_label("wrong answers")
-    at, image = held.nonzero()
-    below.plot(rounds[at], ratios[at, image], "ko", mfc="none", ms=10, label="held: no gradient")
-    return figure
+def draw_all(t, suffix, directory):
+    """Writes NAME + suffix + .png into the directory for every picture."""
+    drawn = {name: new_figure(name, t)[0] for name in ("grown", "breaking", "strong")}
+    for draw in (draw_flow, draw_collapse, draw_one_update, draw_groups, draw_clip, draw_memory):
+        drawn[draw.__name__] = draw(t)
+    for draw in (draw_learning, draw_algorithms, draw_growth):
+        drawn[draw.__name__] = draw(t)
+    for name, figure in drawn.items():
+        for axes in figure.axes:
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
+        figure.savefig(directory / f"{name.removeprefix('draw_')}{suffix}.png")
 
 
-def draw_memory():
-    """Stacked bars of gigabytes for eight billion parameters."""
-    figure, (axes,) = new_figure("memory")
-    for kind, weights, adam in (("mixed precision", 6, 8), ("all in bf16", 2, 4)):
-        network = [("W", 1, weights), ("G", 0.45, 2), ("Adam", 0.7, adam)]
-        actor, critic = ([(color, *part) for part in network] for color in ("C0", "C1"))
-        reference = [("0.6", "W", 1, 2)]
-        for method, parts in (
-            ("GRPO, beta = 0", actor),
-            ("GRPO", actor + reference),
-            ("PPO", actor + critic + reference),
-        ):
-            left, name = 0, f"{method}, {kind}"
-            for color, label, alpha, size in parts:
-                bar = axes.barh(name, 8 * size, left=left, color=color, alpha=alpha, ec="white")
-                axes.bar_label(bar, [label], label_type="center", size=8)
-                left += 8 * size
-            axes.bar_label(bar, [f"{left} GB"], padding=4, size=9)
-    for color, label in (("C0", "actor"), ("C1", "critic"), ("0.6", "reference")):
-        axes.barh(name, 0, color=color, label=label)
-    return figure
-
-
-def draw_groups():
-    """Rewards of four images with four answers each; what one of them is compared with."""
-    rewards = np.array([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0]])
-    framed = image, answer = 1, 2
-    images, answers = np.indices(rewards.shape)
-    own = images == image
-    groups = {"batch": own | True, "group": own, "loo": own & (answers != answer)}
-    figure, panels = new_figure("groups")
-    figure.suptitle("rewards: the framed one is compared with the mean of the blue ones")
-    for axes, (baseline, group) in zip(panels, groups.items(), strict=True):
-        axes.pcolormesh(group, cmap="Blues", vmin=0, vmax=4, edgecolors="0.6")
-        for (i, j), reward in np.ndenumerate(rewards):
-            axes.text(j + 0.5, i + 0.5, reward, ha="center", va="center")
-        axes.add_patch(Rectangle((answer, image), 1, 1, fill=False, edgecolor="C3", linewidth=2.5))
-        advantages = grpo_mnist.group_advantages(rewards, baseline=baseline, scale_rewards="none")
-        by_hand = f"1 - {1 - advantages[framed]:.2f} = {advantages[framed]:+.2f}"
-        axes.set_title(f"--baseline {baseline}: {by_hand}")
-        axes.grid(False)
-    return figure
-
-
-def draw_clip():
-    """What the loss counts for an answer, by its ratio; and advantages by the share of right."""
-    figure, (left, right) = new_figure("clip")
-    ratio = np.linspace(0.4, 1.6, 241)
-    for advantage, color, label in ((1.0, "C0", "A = +1: right"), (-1.0, "C1", "A = -1: wrong")):
-        loss = np.vectorize(grpo_mnist.ppo_clip_loss)(np.log(ratio), 0.0, advantage, 0.2, 0.2)
-        held = ratio > 1.2 if advantage > 0 else ratio < 0.8
-        left.plot(ratio, -loss, color, lw=2, label=label)
-        left.plot(ratio[held], -loss[held], "k", lw=5, alpha=0.4)
-    left.plot([], [], "k", lw=5, alpha=0.4, label="held: flat, no gradient")
-    left.axvspan(0.8, 1.2, color="0.9", zorder=0, label="1 - epsilon to 1 + epsilon")
-    share = np.arange(1, 100) / 100
-    right.plot(share, np.sqrt((1 - share) / share), lw=2, label="a right answer")
-    right.plot(share, -np.sqrt(share / (1 - share)), lw=2, label="a wrong answer")
-    return figure
-
-
-def save(figure, name):
-    for axes in figure.axes:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    figure.savefig(RESULTS / f"{name}.png")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path)
-    options = parser.parse_args()
+def main(directory=RESULTS):
+    package, file = CHINESE_FONT
+    font = str(distribution(package).locate_file(file))
+    matplotlib.font_manager.fontManager.addfont(font)
+    family = matplotlib.font_manager.FontProperties(fname=font).get_name()
+    words = read_toml("chinese.toml")
     with matplotlib.style.context(TEMPLATES / "pictures.mplstyle"):
-        if options.data_dir:
-            dataset = grpo_mnist.load_dataset("mnist", options.data_dir.expanduser())
-            config = grpo_mnist.parse_flags(shlex.split(COMMAND)[2:])
-            images, _ = next(grpo_mnist.batches(config, dataset, epoch=1))
-            save(draw_one_update(images[0]), "one_update")
-        save(new_figure("strong")[0], "strong")
-        formulas = draw_memory, draw_groups, draw_clip
-        for draw in (draw_learning, draw_breaking, draw_algorithms, draw_growth, *formulas):
-            save(draw(), draw.__name__.removeprefix("draw_"))
+        draw_all(str, "", directory)
+        with matplotlib.rc_context({"font.family": [family, "DejaVu Sans"]}):
+            draw_all(lambda text: words.get(text, text), "_ch", directory)
 
 
 if __name__ == "__main__":

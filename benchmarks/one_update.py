@@ -1,14 +1,13 @@
-"""One update by hand: eight images of MNIST, their answers, and four rounds, number by number.
+"""One update by hand: three images, four answers to each, and four rounds, number by number.
 
-    python benchmarks/one_update.py --data-dir DIR [--write]
+    python benchmarks/one_update.py [--write]
 
-DIR is as for grpo_mnist.py. The numbers are those of the first batch of COMMAND, from the
-trainer's own functions. With --write, they go into results/one_update.json.
+The numbers are those of the first batch of COMMAND, from the trainer's own functions. With
+--write, they go into results/one_update.json.
 """
 
 import argparse
 import shlex
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,26 @@ import numpy as np
 import optax
 from common import grpo_mnist, write_results
 
-# A seed with several right answers, and a step so small that one can watch the clipping begin.
-COMMAND = "python grpo_mnist.py --seed 2 --batch-size 8 --learning-rate 3e-4"
+# A seed with a silent group between two others, and a step so small that clipping begins slowly.
+COMMAND = """python grpo_mnist.py --dataset digits --baseline group --scale-rewards group \
+--batch-size 3 --num-generations 4 --learning-rate 3e-4 --seed 17"""
 
 
-def first_update(dataset):
-    """What train_step computes for the first batch, round by round, as lists."""
+def first_batch():
+    """The configuration, the data set, and the first batch: uint8 (B, 784), int32 (B,)."""
     config = grpo_mnist.parse_flags(shlex.split(COMMAND)[2:])
-    images, labels = (x[0] for x in next(grpo_mnist.batches(config, dataset, epoch=1)))
+    dataset = grpo_mnist.load_dataset("digits", config.data_dir)
+    images, labels = next(grpo_mnist.batches(config, dataset, epoch=1))
+    return config, dataset, images[0], labels[0]
+
+
+def first_update():
+    """What train_step computes for the first batch, round by round, as lists."""
+    config, dataset, images, labels = first_batch()
     num_steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
     optimizer = grpo_mnist.create_optimizer(config, num_steps)
     state = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config))
-    clip = config.clip_epsilon, config.clip_epsilon_high or config.clip_epsilon
+    clip = config.clip_epsilon, config.clip_epsilon
 
     @jax.jit
     def sample(state):
@@ -36,14 +43,15 @@ def first_update(dataset):
 
     @jax.jit
     def one_round(networks, optimizer_state, rollout):
-        log_probs = grpo_mnist.log_probs_of(networks.actor(rollout.images), rollout.actions)
+        policy = networks.actor(rollout.images)
+        log_probs = grpo_mnist.log_probs_of(policy, rollout.actions)
         old_log_probs, advantages = rollout.old_log_probs, rollout.advantages
         slope = jax.grad(grpo_mnist.ppo_clip_loss)(log_probs, old_log_probs, advantages, *clip)
         gradients, metrics = jax.grad(grpo_mnist.loss_fn, has_aux=True)(networks, rollout, config)
         figures = {
-            "probabilities": jnp.exp(log_probs)[:, 0],
-            "ratios": jnp.exp(log_probs - old_log_probs)[:, 0],
-            "held": slope[:, 0] == 0,
+            "probabilities": policy.probs_parameter(),  # (B, A), before the round
+            "ratios": jnp.exp(log_probs - old_log_probs),
+            "clipped": (slope == 0) & (advantages != 0),
             "grad_norm": optax.tree.norm(gradients.actor),
         }
         figures |= {name: metrics[name] for name in ("loss", "clip_ratio_low", "clip_ratio_high")}
@@ -54,33 +62,42 @@ def first_update(dataset):
     networks, optimizer_state, rounds = state.networks, state.optimizer_state, []
     for _ in range(config.num_iterations):
         networks, optimizer_state, figures = one_round(networks, optimizer_state, rollout)
-        rounds.append({name: np.asarray(values).tolist() for name, values in figures.items()})
-    rewards, advantages = rollout.rewards[:, 0], rollout.advantages[:, 0]
-    return {
-        "labels": labels.tolist(),
-        "answers": rollout.actions[:, 0].tolist(),
-        "rewards": rewards.tolist(),
-        "mean": rewards.mean().item(),
-        "deviation": rewards.std().item(),
-        "advantages": advantages.tolist(),
+        rounds.append(figures)
+    rewards = rollout.rewards
+    update = {
+        "labels": labels,
+        "answers": rollout.actions,
+        "rewards": rewards,
+        "means": rewards.mean(axis=1),
+        "deviations": rewards.std(axis=1),
+        "advantages": rollout.advantages,
+        "batch_advantages": grpo_mnist.group_advantages(
+            rewards, baseline="batch", scale_rewards="batch"
+        ),
         "rounds": rounds,
+        "probabilities_after": networks.actor(rollout.images).probs_parameter(),
     }
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), update)
 
 
 def describe(update):
     """Yields what a reader of the tutorial has before them, line by line."""
-    for name in ("labels", "answers"):
-        yield f"{name:13}" + "".join(f"{digit:8d}" for digit in update[name])
-    probabilities = update["rounds"][0]["probabilities"]
-    yield "probabilities" + "".join(f"{probability:8.3f}" for probability in probabilities)
-    yield f"{'rewards':13}" + "".join(f"{reward:8.0f}" for reward in update["rewards"])
-    yield f"{'advantages':13}" + "".join(f"{advantage:+8.4f}" for advantage in update["advantages"])
+    for i, label in enumerate(update["labels"]):
+        answers = [f"{answer:7d} " for answer in update["answers"][i]]
+        rewards = [f"{reward:7.0f} " for reward in update["rewards"][i]]
+        yield f"image {i + 1}, a {label}"
+        yield f"  {'answers':18}" + "".join(answers)
+        yield f"  {'rewards':18}" + "".join(rewards) + f"  mean {update['means'][i]:.2f}"
+        for name in ("advantages", "batch_advantages"):
+            group = "group = batch" if name.startswith("batch") else "group = image"
+            yield f"  {group:18}" + "".join(f"{each:+7.3f} " for each in update[name][i])
+        for number, each in enumerate(update["rounds"], start=1):
+            pairs = zip(each["ratios"][i], each["clipped"][i], strict=True)
+            ratios = "".join(f"{ratio:7.3f}{'*' if clipped else ' '}" for ratio, clipped in pairs)
+            yield f"  {f'ratios, round {number}':18}{ratios}"
     for number, each in enumerate(update["rounds"], start=1):
-        pairs = zip(each["ratios"], each["held"], strict=True)
-        ratios = "".join(f"{ratio:7.3f}{'*' if held else ' '}" for ratio, held in pairs)
-        gradient = f"gradient {each['grad_norm']:.3f}"
-        yield f"{f'ratios, {number}':13}{ratios}  loss {signed(each['loss'])}  {gradient}"
-    yield f"mean {update['mean']:.3f}, deviation {update['deviation']:.4f}; *: held by the clip"
+        yield f"round {number}: loss {signed(each['loss'])}, gradient norm {each['grad_norm']:.3f}"
+    yield "*: clipped, no gradient from this answer"
 
 
 def signed(loss):
@@ -90,14 +107,9 @@ def signed(loss):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    try:
-        dataset = grpo_mnist.load_dataset("mnist", options.data_dir.expanduser())
-    except (grpo_mnist.RunError, grpo_mnist.UsageError) as error:
-        parser.exit(1, f"one_update.py: {error}\n")
-    update = first_update(dataset)
+    update = first_update()
     print("\n".join(describe(update)))
     if options.write:
         write_results("one_update", update)

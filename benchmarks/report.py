@@ -13,13 +13,12 @@ import tomllib
 import common
 import jinja2
 import numpy as np
-from common import ROOT, camps, grpo_mnist, spread
+from common import ROOT, camps, spread
 from one_update import signed
 
 HERE = ROOT / "benchmarks"
 TEMPLATES = HERE / "templates"
 PROGRAM = ROOT / "grpo_mnist.py"
-MARKS = [7.2, 8.5, 6.1, 9.0, 7.8, 6.5, 8.2, 7.5]  # of eight answers to one prompt
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
 
 
@@ -76,9 +75,9 @@ def errors(row):
     return [1 - accuracy for accuracy in row["test_accuracy"]]
 
 
-def eight_advantages(scale_rewards):
-    group = {"baseline": "group", "scale_rewards": scale_rewards}
-    return grpo_mnist.group_advantages([MARKS], **group)[0].tolist()
+def changed_flags(command, before):
+    """The flags of a command, with their values, that the command before it does not have."""
+    return " ".join(flag for flag in re.findall(r"--\S+ \S+", command) if flag not in before)
 
 
 def environment(words):
@@ -89,13 +88,12 @@ def environment(words):
     results = {path.stem: common.read_results(path.stem) for path in common.RESULTS.glob("*.json")}
     rows = {
         name: {row["name"]: row for row in results[name]["rows"]}
-        for name in ("accuracy", "breaking", "comparison", "published")
+        for name in ("accuracy", "breaking", "comparison", "grown", "published")
     }
-    helpers = (percent, by_seed, points, shares, seconds, ratio, slope, errors, eight_advantages)
+    helpers = (percent, by_seed, points, shares, seconds, ratio, slope, errors, changed_flags)
     templates.globals |= {helper.__name__: helper for helper in (*helpers, signed, spread)} | {
         "results": results,
         "rows": rows,
-        "marks": MARKS,
         "program": common.program_sha256(PROGRAM.read_text(encoding="utf-8")),
         "t": lambda name: words.get(name, name),
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 BENCHMARKS = {  # by duration: command, minutes on two cores (about), question
     "one_update": ("one_update.py --write --data-dir DIR", 1, "What does an update compute?"),
     "accuracy": ("train.py accuracy --data-dir DIR --anew", 3, "What do the defaults reach?"),
+    "grown": ("train.py grown --data-dir DIR --anew", 5, "What does each part of GRPO bring?"),
     "devices": ("devices.py --data-dir DIR", 6, "Do several devices give the same run?"),
     "growth": ("speed.py growth --data-dir DIR --anew", 12, "How does the time grow with size?"),
     "speed": ("speed.py speed --data-dir DIR --anew", 15, "How fast is it beside PyTorch?"),

@@ -218,6 +218,7 @@ def repeat_study(asked, data_dir):
 
 STUDIES = {
     "accuracy": train_each_seed,
+    "grown": break_on_purpose,
     "breaking": break_on_purpose,
     "comparison": compare_algorithms,
     "published": repeat_study,

@@ -2,37 +2,41 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
-from itertools import product
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import one_update
+import optax
 import pytest
 from common import read_results, state_and_step
 from conftest import ROOT, read_json
 from test_documents import read
 
 import grpo_mnist
+from grpo_mnist import Config
 
-EXAMPLE = "from grpo_mnist import "  # How a block begins that is no piece of the file.
 
-
-def blocks(language, folded=False):
-    """The contents of the fenced blocks of a language: the folded ones, or the others."""
-    parts = re.split(r"</?details>", read("README.md"))[int(folded) :: 2]
-    return re.findall(rf"^```{language}\n(.*?)^```$", "\n".join(parts), re.MULTILINE | re.DOTALL)
+def blocks(language, section=""):
+    """The contents of the fenced blocks of a language, in all sections or the one of a number."""
+    sections = re.split(r"^## ", read("README.md"), flags=re.MULTILINE)
+    text = "\n".join(part for part in sections if part.startswith(section))
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 # --- What is shown of the file, in English; test_documents.py compares the languages ---
 
 
-def test_snippets_are_lines_of_the_file():
-    snippets = [block for block in blocks("python") if not block.startswith(EXAMPLE)]
-    assert len(snippets) > 10
-    for snippet in snippets:
-        assert f"\n{snippet}" in read("grpo_mnist.py"), snippet
+def test_snippets_of_the_tour_are_lines_of_the_file_in_its_order():
+    snippets = blocks("python", "7. ")
+    assert len(snippets) > 6
+    places = [read("grpo_mnist.py").index(f"\n{snippet}") for snippet in snippets]
+    assert places == sorted(places)
 
 
 def message_templates():
@@ -53,7 +57,8 @@ def as_texts(node, texts):
         case ast.Constant(value=str(text)):
             return [text]
         case ast.JoinedStr(values=parts):
-            return ["".join(each) for each in product(*(as_texts(part, texts) for part in parts))]
+            choices = itertools.product(*(as_texts(part, texts) for part in parts))
+            return ["".join(each) for each in choices]
         case ast.FormattedValue(value=ast.Name(id=name)) if name in texts:
             others = {other: values for other, values in texts.items() if other != name}
             return [text for value in texts[name] for text in as_texts(value, others)]
@@ -61,8 +66,10 @@ def as_texts(node, texts):
 
 
 def test_messages_are_those_of_the_program():
-    rows = re.findall(r"^\| `([^`]* [^`]*)` \| [^|]* \|$", read("README.md"), re.MULTILINE)
-    assert len(rows) > 14
+    rows = re.findall(
+        r"^\| `([^`]* [^`]*)` \| [^|`]*(?:`[^`]*`)? \|$", read("README.md"), re.MULTILINE
+    )
+    assert len(rows) > 10
     templates = list(message_templates())
     for message in rows:
         for piece in re.findall(r"cannot be had:|[^ ].*", message):  # the one quotes another
@@ -72,48 +79,91 @@ def test_messages_are_those_of_the_program():
 # --- What can be run ---
 
 
+def test_the_whole_algorithm_as_one_listing_learns(digits):
+    """It is the paper's GRPO: an epoch of it makes most answers right."""
+    (listing,) = blocks("python", "2. ")
+    config = Config(dataset="digits", baseline="group", batch_size=256, learning_rate=1e-3)
+    actor = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config)).networks.actor
+    optimizer = optax.adam(config.learning_rate)
+    names = vars(grpo_mnist) | {
+        "actor": actor,
+        "optimizer": optimizer,
+        "optimizer_state": optimizer.init(actor),
+        "batches": [
+            (jnp.asarray(images[0], jnp.float32) / 255, labels[0])
+            for images, labels in grpo_mnist.batches(config, digits, epoch=1)
+        ],
+        "keys": map(jax.random.key, itertools.count()),
+        "G": config.num_generations,
+        "K": config.num_iterations,
+    }
+    exec(listing, names)
+    assert names["rewards"].shape == (256, 8)
+    assert names["rewards"].mean() > 0.9
+
+
 def masked(text):
     """A text without what differs from machine to machine."""
     return re.sub(r"[0-9a-f]{64}|\d[\d.,-]*", "#", text)
 
 
-def test_a_first_look_and_the_use_of_its_network_are_as_shown(capfd, digits):
-    """With digits in the place of MNIST."""
-    (shown,) = blocks("text")
+def test_the_last_lines_are_as_shown_and_the_network_can_be_used(capfd, digits):
+    """With digits in the place of MNIST, by the lines that a notebook would have."""
+    shown, _ = blocks("text")
     assert shown.splitlines() == read_results("accuracy")["rows"][0]["output"][-5:]
-    assert "python grpo_mnist.py --dataset digits --num-epochs 2\n" in blocks("bash")
-    assert grpo_mnist.main(["--dataset", "digits", "--num-epochs", "2"]) == 0
+    *_, notebook = blocks("python", "8. ")
+    names = {}
+    exec(notebook, names)
     output, errors = capfd.readouterr()
     assert errors == ""
-    assert masked(output).endswith(masked(shown.replace("mnist", "digits")))
-    (run_dir,) = Path("runs").iterdir()
-    (example,) = (x for x in blocks("python") if x.startswith(EXAMPLE))
-    example = re.sub(r"runs/[\w-]+", str(run_dir), example.replace('"mnist"', '"digits"'))
-    names = {}
-    exec(example, names)
+    shown = shown.replace("runs/mnist-0-20261129-064123", "runs/first")
+    assert masked(output).endswith(masked(shown))
     assert len(names["answers"]) == len(names["probabilities"]) == 5
-    answers = names["actor"](digits.test_images / np.float32(255)).mode()
+    answers = grpo_mnist.load_actor("runs/first")(digits.test_images / np.float32(255)).mode()
     accuracy = np.mean(np.asarray(answers) == digits.test_labels)
-    assert accuracy == pytest.approx(read_json(run_dir / "summary.json")["test_accuracy"])
+    assert accuracy == pytest.approx(names["history"][-1]["test_accuracy"])
+    assert accuracy == pytest.approx(read_json(Path("runs/first/summary.json"))["test_accuracy"])
 
 
-def test_the_update_by_hand_is_what_the_code_computes(mnist, mnist_dir, monkeypatch, capsys):
-    """In the trainer's own step, too: the mean of the losses, and what it held."""
-    committed = read_results("one_update")
-    update = one_update.first_update(mnist)
-    for name in ("labels", "answers", "rewards", "mean", "deviation", "advantages"):
+def test_a_reader_s_reward_and_baseline_work(tmp_path, monkeypatch):
+    """Written into a copy of the file as the tutorial says."""
+    reward, baseline, _ = blocks("python", "8. ")
+    program = read("grpo_mnist.py")
+    (line,) = blocks("python", "7. ")[1].splitlines()
+    program = program.replace(line, f"    {reward.strip()}")
+    program = program.replace("BASELINES = {", f"BASELINES = {{\n    {baseline.strip()}")
+    (tmp_path / "reader.py").write_text(program, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    reader = importlib.import_module("reader")
+    config = reader.parse_flags(
+        shlex.split("--dataset digits --num-epochs 1 --baseline median --scale-rewards none")
+    )
+    assert config.num_generations == 8
+    (metrics,) = reader.train(config)
+    assert -4.5 < metrics["reward"] < 0 < metrics["accuracy"]
+    rewards = np.array([[0.0, -1.0, -5.0]])
+    advantages = reader.group_advantages(rewards, baseline="median", scale_rewards="none")
+    np.testing.assert_array_equal(advantages, [[1, 0, -4]])
+
+
+def test_the_update_by_hand_is_what_the_code_computes(digits, monkeypatch, capsys):
+    """In the trainer's own step, too: the mean of the losses, and what it clipped."""
+    (command,) = blocks("bash", "4. ")
+    assert command.strip() == one_update.COMMAND
+    committed, update = read_results("one_update"), one_update.first_update()
+    for name in ("labels", "answers", "rewards", "advantages", "batch_advantages"):
         np.testing.assert_allclose(update[name], committed[name], rtol=1e-5)
     for ours, theirs in zip(update["rounds"], committed["rounds"], strict=True):
-        assert ours["held"] == theirs["held"]
+        assert ours["clipped"] == theirs["clipped"]
         for name in ("probabilities", "ratios", "loss", "grad_norm"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
     config = grpo_mnist.parse_flags(shlex.split(one_update.COMMAND)[2:])
-    state, step = state_and_step(mnist, config)
-    _, metrics = step(state, *next(grpo_mnist.batches(config, mnist, epoch=1)))
+    state, step = state_and_step(digits, config)
+    _, metrics = step(state, *next(grpo_mnist.batches(config, digits, epoch=1)))
     for name in ("loss", "clip_ratio_low", "clip_ratio_high", "grad_norm"):
         by_round = [each[name] for each in committed["rounds"]]
         assert metrics[name] == pytest.approx(np.mean(by_round), rel=1e-3)
-    monkeypatch.setattr("sys.argv", ["one_update.py", "--data-dir", str(mnist_dir)])
+    monkeypatch.setattr(sys, "argv", ["one_update.py"])
     one_update.main()
     described = "\n".join([*one_update.describe(committed), ""])
     assert masked(capsys.readouterr().out) == masked(described)
@@ -126,7 +176,7 @@ WRONG = {  # plausible, and to be found out
     "advantage": lambda share_right: (1 - share_right, -share_right),
     "silent": lambda share_right, num_generations: share_right**num_generations,
     "order": lambda num_images, num_generations: list(range(num_images)) * num_generations,
-    "held": lambda ratios, advantages, epsilon: abs(ratios - 1) > epsilon,
+    "clipped": lambda ratios, advantages, epsilon: abs(ratios - 1) > epsilon,
     "loo": lambda group_advantages: group_advantages,
     "k3": lambda log_probs, reference_log_probs: log_probs - reference_log_probs,
     "collapse": lambda: ["--num-epochs", "10"],
@@ -145,15 +195,15 @@ EXERCISES = re.findall(r"^def (\w+)", read("tests/exercises/exercises.py"), re.M
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_the_folded_answer_solves_the_exercise(name, monkeypatch):
-    names = {"np": np}
-    exec("\n".join(blocks("python", folded=True)), names)
-    check(name, names[name], monkeypatch)
+def test_the_answer_solves_the_exercise(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "exercises")
+    check(name, getattr(importlib.import_module("answers"), name), monkeypatch)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_a_wrong_answer_or_none_does_not(name, monkeypatch):
     """Without an answer, the exercise fails in one line."""
+    assert f"`-k {name}`" in " ".join(read("README.md").split())
     with pytest.raises(AssertionError):
         check(name, WRONG[name], monkeypatch)
     with pytest.raises(pytest.fail.Exception, match=f"^{name} returns nothing yet: .*$") as failure:

@@ -2,7 +2,7 @@
 
     python -m pytest tests/exercises -k memory
 
-An exercise that is not answered yet fails in one line. The README has the answers, folded.
+An exercise that is not answered yet fails in one line. answers.py has the answers.
 """
 
 import numpy as np  # noqa: F401
@@ -37,8 +37,8 @@ def order(num_images, num_generations):
     ...
 
 
-def held(ratios, advantages, epsilon):
-    """Whether the clipped loss holds an answer, so that no gradient comes from it -> bool (B, G).
+def clipped(ratios, advantages, epsilon):
+    """Whether the clipped loss gives an answer no gradient -> bool (B, G).
 
     ratios and advantages are float (B, G).
     """

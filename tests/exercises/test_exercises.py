@@ -51,12 +51,12 @@ def test_order():
     np.testing.assert_array_equal(answer("order", 3, 4), [0] * 4 + [1] * 4 + [2] * 4)
 
 
-def test_held():
+def test_clipped():
     random = np.random.default_rng(0)
     ratios, advantages = random.uniform(0.5, 1.5, (50, 4)), random.choice([-1.0, 1.0], (50, 4))
     loss = partial(grpo_mnist.ppo_clip_loss, clip_epsilon=0.2, clip_epsilon_high=0.2)
     slope = jax.grad(loss)(np.log(ratios), np.zeros((50, 4)), advantages)
-    np.testing.assert_array_equal(answer("held", ratios, advantages, 0.2), slope == 0)
+    np.testing.assert_array_equal(answer("clipped", ratios, advantages, 0.2), slope == 0)
 
 
 def test_loo():
