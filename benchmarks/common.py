@@ -1,44 +1,39 @@
-"""What the benchmarks share: facts about the machine, results, statistics, and workers."""
+"""What the benchmarks share: facts about the machine, results, statistics, and epochs in turns."""
 
 import ast
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import platform
+import re
 import statistics
-import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from scipy.stats import linregress
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from scipy.stats import linregress  # noqa: E402
-
 import grpo_mnist  # noqa: E402
-
-
-def describe_device():
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def describe_machine():
     """What a reader needs to know to compare figures with their own."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "processor": named[1] if named else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {x: version(x) for x in libraries},
@@ -68,21 +63,10 @@ def write_results(name, results):
     """Writes results/NAME.json: facts about this measurement, then the figures, to six digits."""
     facts = describe_machine() | {"command": f"python benchmarks/run.py {name} --data-dir DIR"}
     figures = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
-    text = lay_out(facts | figures | facts) + "\n"  # not the facts of what is continued
+    text = json.dumps(facts | figures | facts, indent=1)  # not the facts of what is continued
+    text = re.sub(r"[\[{][^][{}]*[]}]", lambda inner: re.sub(r"\n *", " ", inner[0]), text) + "\n"
     grpo_mnist.write_file(RESULTS / f"{name}.json", text.encode())
     print(f"written: results/{name}.json", flush=True)
-
-
-def lay_out(value, indent=""):
-    """JSON that has whatever is short enough in one line."""
-    line, inner = json.dumps(value), indent + " "
-    if not isinstance(value, dict | list) or (indent and len(line) <= 300):
-        return line
-    if isinstance(value, dict):
-        parts = [f"{json.dumps(name)}: {lay_out(each, inner)}" for name, each in value.items()]
-    else:
-        parts = [lay_out(each, inner) for each in value]
-    return line[0] + ",".join(f"\n{inner}{part}" for part in parts) + f"\n{indent}{line[-1]}"
 
 
 def read_results(name):
@@ -161,58 +145,40 @@ def run_epoch(step, state, batches):
         state, metrics = step(state, images, labels)
         step_metrics.append(metrics)
         jax.block_until_ready(step_metrics[-4:-3])
-    return state, step_metrics
+    return state, jax.block_until_ready(step_metrics)
+
+
+def main_loop(dataset, config):
+    """The trainer's main loop, without printing and files: yields what end_epoch takes."""
+    state, step = state_and_step(dataset, config)
+    for epoch in itertools.count(1):
+        began = time.perf_counter()
+        state, step_metrics = run_epoch(step, state, grpo_mnist.batches(config, dataset, epoch))
+        yield state, epoch, began, step_metrics
+        if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
+            state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
 
 
 def train_in_memory(dataset, config):
-    """The metrics of each epoch, by the main loop's own functions, without printing and files."""
-    state, step = state_and_step(dataset, config)
-    history = []
-    for epoch in range(1, config.num_epochs + 1):
-        began = time.perf_counter()
-        state, metrics = run_epoch(step, state, grpo_mnist.batches(config, dataset, epoch))
-        history.append(grpo_mnist.end_epoch(config, dataset, state, epoch, began, metrics))
-        if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
-            state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
-    return history
+    """The metrics of each epoch."""
+    epochs = itertools.islice(main_loop(dataset, config), config.num_epochs)
+    return [grpo_mnist.end_epoch(config, dataset, *epoch) for epoch in epochs]
 
 
-def prepare_ours(dataset, config):
-    """The trainer's own main loop, with nothing but the reporting left out: runs an epoch."""
-    state, step = state_and_step(dataset, config)
-
-    def run_one(epoch):
-        nonlocal state
-        stream = grpo_mnist.batches(config, dataset, epoch)
-        state, step_metrics = run_epoch(step, state, stream)
-        return float(np.mean([each["accuracy"] for each in jax.device_get(step_metrics)]))
-
-    return run_one
+def time_next(epochs):
+    """The seconds until an iterator gives the next epoch."""
+    began = time.perf_counter()
+    next(epochs)
+    return time.perf_counter() - began
 
 
-def work(run_epoch):
-    """The life of a worker: an epoch for every line that it is sent."""
-    for epoch, _ in enumerate(sys.stdin, start=1):
-        began = time.perf_counter()
-        accuracy = run_epoch(epoch)
-        print(time.perf_counter() - began, accuracy, flush=True)
-
-
-def start_worker(command):
-    """A process that works, to be given its turns; many of them share a GPU's memory."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )
-
-
-def take_turn(worker):
-    """Lets a worker run an epoch: its seconds and accuracy."""
-    worker.stdin.write("epoch\n")
-    worker.stdin.flush()
-    seconds, accuracy = map(float, worker.stdout.readline().split())
-    time.sleep(0.3)  # for threads that spin a while after their work
-    return seconds, accuracy
+def take_turns(turns, repeats):
+    """What each turn gives, round by round; the first round is not counted."""
+    by_round = []
+    for number in range(repeats + 1):
+        by_round.append({})
+        for name, turn in turns.items():
+            by_round[-1][name] = turn()
+            time.sleep(0.3)  # for threads that spin a while after their work
+        print(f"round {number} of {repeats}", flush=True)
+    return {name: [given[name] for given in by_round[1:]] for name in turns}

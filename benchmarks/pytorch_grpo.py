@@ -21,21 +21,18 @@ NUM_EPOCHS, NUM_ITERATIONS = 10, 4
 BATCH_SIZE, CLIP_EPSILON, LEARNING_RATE = 1024, 0.2, 3e-3
 
 
-def read(data_dir, name, skip):
-    """An IDX file without the header's first bytes."""
-    content = gzip.decompress(Path(data_dir, "downloads", "manual", f"{name}.gz").read_bytes())
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=skip).copy())
-
-
 def read_mnist(data_dir, part):
-    images = read(data_dir, f"{part}-images-idx3-ubyte", 16).reshape(-1, 784)
-    return images, read(data_dir, f"{part}-labels-idx1-ubyte", 8).to(torch.int32)
+    """Images and labels, from IDX files with headers of 16 and 8 bytes."""
+    paths = sorted(Path(data_dir, "downloads", "manual").glob(f"{part}-*-ubyte.gz"))
+    images, labels = (np.frombuffer(gzip.decompress(x.read_bytes()), np.uint8) for x in paths)
+    images, labels = torch.tensor(images[16:]), torch.tensor(labels[8:], dtype=torch.int32)
+    return images.reshape(-1, 784), labels
 
 
 class Learner:
     """The actor, its optimizer, and an epoch of training."""
 
-    def __init__(self, images, labels, num_epochs, num_iterations, indexed, compiled=False):
+    def __init__(self, images, labels, num_epochs, num_iterations, indexed, compiled):
         torch.manual_seed(0)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,10 +50,9 @@ class Learner:
     def batches(self):
         if not self.indexed:
             pairs = TensorDataset(self.images, self.labels)
-            yield from DataLoader(pairs, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
-            return
-        for chosen in torch.randperm(len(self.images)).split(BATCH_SIZE)[: self.steps]:
-            yield self.images[chosen], self.labels[chosen]
+            return iter(DataLoader(pairs, batch_size=BATCH_SIZE, shuffle=True, drop_last=True))
+        order = torch.randperm(len(self.images)).split(BATCH_SIZE)[: self.steps]
+        return ((self.images[chosen], self.labels[chosen]) for chosen in order)
 
     def policy(self, images):
         return torch.distributions.Categorical(logits=self.actor(images))
@@ -87,9 +83,9 @@ class Learner:
         """The mean reward of an epoch."""
         return sum(self.step(*batch) for batch in self.batches()).item() / self.steps
 
+    @torch.no_grad()
     def accuracy(self, images, labels):
-        with torch.no_grad():
-            answers = self.actor(images.to(self.device).float() / 255).argmax(dim=1)
+        answers = self.actor(images.to(self.device).float() / 255).argmax(dim=1)
         return (answers == labels.to(self.device)).float().mean().item()
 
 

@@ -13,12 +13,12 @@ import tomllib
 import common
 import jinja2
 import numpy as np
-from common import ROOT, camps, spread
-from one_update import signed
+from common import RESULTS, ROOT, camps, spread
+from one_update import signed  # noqa: F401, for the templates
 
 HERE = ROOT / "benchmarks"
 TEMPLATES = HERE / "templates"
-PROGRAM = ROOT / "grpo_mnist.py"
+PROGRAM = (ROOT / "grpo_mnist.py").read_text(encoding="utf-8")
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
 
 
@@ -39,7 +39,7 @@ def points(one, other):
     pairs = np.subtract(one["test_accuracy"], other["test_accuracy"])
     if camps(pairs):
         return ", ".join(f"{100 * difference:+.2f}" for difference in pairs)
-    figures = common.paired_difference(one["test_accuracy"], other["test_accuracy"])
+    figures = common.over_seeds(pairs)
     return f"{100 * figures['mean']:+.2f} ± {100 * figures['interval_95']:.2f}"
 
 
@@ -81,20 +81,15 @@ def changed_flags(command, before):
 
 
 def environment(words):
-    """The templates, with the results and what writes them down; words translate names of rows."""
+    """The templates, with the results and this file's functions; words translate names of rows."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     whitespace = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     templates = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **whitespace)
-    results = {path.stem: common.read_results(path.stem) for path in common.RESULTS.glob("*.json")}
-    rows = {
-        name: {row["name"]: row for row in results[name]["rows"]}
-        for name in ("accuracy", "breaking", "comparison", "grown", "published")
-    }
-    helpers = (percent, by_seed, points, shares, seconds, ratio, slope, errors, changed_flags)
-    templates.globals |= {helper.__name__: helper for helper in (*helpers, signed, spread)} | {
-        "results": results,
-        "rows": rows,
-        "program": common.program_sha256(PROGRAM.read_text(encoding="utf-8")),
+    studies = ("accuracy", "breaking", "comparison", "grown", "published")
+    templates.globals |= globals() | {
+        "results": {path.stem: common.read_results(path.stem) for path in RESULTS.glob("*.json")},
+        "rows": {name: common.rows_of(name) for name in studies},
+        "program": common.program_sha256(PROGRAM),
         "t": lambda name: words.get(name, name),
     }
     return templates
@@ -105,36 +100,27 @@ def fill(text, templates):
     tables = templates.get_template("tables.jinja").module
     figures = templates.globals["rows"]["breaking"]["defaults"]["first_and_last"]
 
+    def fill_metric(row):
+        """A metric with its figures in the first and the last epoch, means of the seeds."""
+        cells = row.split(" | ")
+        name = re.search(r"\w+", cells[0])[0]
+        if name in figures:
+            kind = ".1%" if "accuracy" in name else ".2%" if "clip" in name else ".2g"
+            cells[2:4] = [f"{np.mean(seeds):{kind}}" for seeds in figures[name]]
+        return " | ".join(cells)
+
     def fill_table(table):
         name, head, rows = table.groups()
         if name == "metrics":
-            rows = "".join(fill_metric(row, figures) for row in rows.splitlines(keepends=True))
-        else:
-            rows = getattr(tables, name)()
-        return name + head + rows
+            return name + head + "".join(map(fill_metric, rows.splitlines(keepends=True)))
+        return name + head + getattr(tables, name)()
 
-    return renew_links(MARKED.sub(fill_table, text))
-
-
-def fill_metric(row, figures):
-    """A metric with its figures in the first and the last epoch, means of the seeds."""
-    cells = row.split(" | ")
-    name = re.search(r"\w+", cells[0])[0]
-    if name in figures:
-        kind = ".1%" if "accuracy" in name else ".2%" if "clip" in name else ".2g"
-        cells[2:4] = [f"{np.mean(seeds):{kind}}" for seeds in figures[name]]
-    return " | ".join(cells)
-
-
-def renew_links(text):
-    program = PROGRAM.read_text(encoding="utf-8")
-
-    def renew(link):
-        (definition,) = re.finditer(rf"^(def|class) {link[1]}\b", program, re.MULTILINE)
-        line = program[: definition.end()].count("\n") + 1
+    def renew_link(link):
+        (definition,) = re.finditer(rf"^(def|class) {link[1]}\b", PROGRAM, re.MULTILINE)
+        line = PROGRAM[: definition.end()].count("\n") + 1
         return f"[`{link[1]}`](grpo_mnist.py#L{line})"
 
-    return re.sub(r"\[`(\w+)`\]\(grpo_mnist\.py#L\d+\)", renew, text)
+    return re.sub(r"\[`(\w+)`\]\(grpo_mnist\.py#L\d+\)", renew_link, MARKED.sub(fill_table, text))
 
 
 def pages():

@@ -8,13 +8,16 @@ on. An interrupted one goes on where it was, unless --anew is given. In the end,
 the tables are made of the results.
 """
 
-import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 BENCHMARKS = {  # by duration: command, minutes on two cores (about), question
-    "one_update": ("one_update.py --write --data-dir DIR", 1, "What does an update compute?"),
+    "one_update": ("one_update.py --write", 1, "What does an update compute?"),
     "accuracy": ("train.py accuracy --data-dir DIR --anew", 3, "What do the defaults reach?"),
     "grown": ("train.py grown --data-dir DIR --anew", 5, "What does each part of GRPO bring?"),
     "devices": ("devices.py --data-dir DIR", 6, "Do several devices give the same run?"),
@@ -25,40 +28,30 @@ BENCHMARKS = {  # by duration: command, minutes on two cores (about), question
     "comparison": ("train.py comparison --data-dir DIR --anew", 40, "How do algorithms compare?"),
     "faults": ("faults.py --anew", 45, "Does a run survive kills and a failing disk?"),
     "mutation": ("mutation.py --data-dir DIR", 90, "Do the tests notice mistakes?"),
-    "tuning": ("train.py tuning --data-dir DIR --anew", 300, "Which settings are the best?"),
+    "tuning": ("train.py tuning --data-dir DIR --anew", 400, "Which settings are the best?"),
 }
-AFTERWARDS = ("draw.py --data-dir DIR", "report.py")
+AFTERWARDS = ("draw.py", "report.py")
 
 
-def run(command, options):
-    """The exit status of a script of this directory; DIR and --anew depend on the options."""
-    words = [word for word in command.split() if word != "--anew" or options.anew]
-    script, *flags = [str(options.data_dir) if word == "DIR" else word for word in words]
-    program = [sys.executable, str(Path(__file__).with_name(script))]
-    return subprocess.run([*program, *flags]).returncode
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--data-dir", type=lambda path: Path(path).resolve())
-    parser.add_argument("--anew", action="store_true", help="keep nothing of what is there")
-    options = parser.parse_args()
-    if unknown := set(options.names) - {*BENCHMARKS, "all"}:
-        parser.error(f"no such names: {', '.join(sorted(unknown))}")
-    if not options.names:
+def main(
+    names: tyro.conf.Positional[tuple[Literal[*BENCHMARKS, "all"], ...]] = (),
+    data_dir: str = "~/tensorflow_datasets",
+    anew: bool = False,
+):
+    if not names:
         for name, (_, minutes, question) in BENCHMARKS.items():
             print(f"{name:10} {minutes:4} minutes  {question}")
         return
-    if options.data_dir is None:
-        parser.error("--data-dir is missing")
-    names = [name for name in BENCHMARKS if {name, "all"} & set(options.names)]
-    minutes = sum(BENCHMARKS[name][1] for name in names)
-    print(f"Measuring {', '.join(names)}: about {minutes} minutes on two cores", flush=True)
-    commands = [*(BENCHMARKS[name][0] for name in names), *AFTERWARDS]
-    failed = [command for command in commands if run(command, options)]
+    chosen = [BENCHMARKS[name] for name in BENCHMARKS if {name, "all"} & {*names}]
+    print(f"About {sum(minutes for _, minutes, _ in chosen)} minutes on two cores", flush=True)
+    failed = []
+    for command in (*(command for command, *_ in chosen), *AFTERWARDS):
+        given = {"DIR": [os.path.expanduser(data_dir)], "--anew": ["--anew"] * anew}
+        script, *flags = (part for word in command.split() for part in given.get(word, [word]))
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode:
+            failed.append(command)
     sys.exit(f"failed: {'; '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
