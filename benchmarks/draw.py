@@ -19,7 +19,6 @@ from matplotlib.patches import Rectangle
 from one_update import first_batch
 
 TEMPLATES = Path(__file__).parent / "templates"
-CHINESE_FONT = "mpltw", "mpltw/TaipeiSansTCBeta-Regular.ttf"  # a package and its file
 PROMISED = (1, 10), (85, 97)  # epochs and %, in the table that circulates with the original values
 RIGHT, WRONG, NEUTRAL = "C0", "C1", "0.5"  # what the colors of answers mean in every picture
 SHARES = LinearSegmentedColormap.from_list("shares", [(0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0)])
@@ -29,12 +28,8 @@ def read_toml(name):
     return tomllib.loads((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def new_figure(name, t):
-    """A picture and its panels as pictures.toml describes them, with the curves that they show.
-
-    t translates words: str -> str.
-    """
-    picture = read_toml("pictures.toml")[name]
+def new_figure(picture, t):
+    """A picture and its panels as pictures.toml has them, with their curves; t translates words."""
     figure = Figure(figsize=picture["size"])
     panels = figure.subplot_mosaic(**picture["panels"])
     for letter, axes in panels.items():
@@ -69,11 +64,11 @@ def draw_bars(axes, before, after, label):
     axes.grid(False)
 
 
-def draw_flow(t):
+def draw_flow(figure, panels, t):
     """The third image of the update: probabilities, answers, rewards, advantages, and after it."""
     update, (_, _, images, _) = read_results("one_update"), first_batch()
     label, before = update["labels"][2], update["rounds"][0]["probabilities"][2]
-    figure, (image, bars, answers, after) = new_figure("flow", t)
+    image, bars, answers, after = panels
     image.imshow(images[2].reshape(28, 28), cmap=SHARES)
     image.grid(False)
     bars.bar(range(10), before, color=NEUTRAL)
@@ -86,12 +81,11 @@ def draw_flow(t):
         color = RIGHT if reward else WRONG
         for column, text in enumerate((f"{answer}", f"{reward:.0f}", f"{advantage:+.0f}")):
             answers.text(column, 3.4 - row, text, ha="center", size=12, color=color)
-    return figure
 
 
-def draw_collapse(t):
+def draw_collapse(figure, panels, t):
     """REINFORCE: the accuracy of each seed, and what the worst seed says to each digit."""
-    figure, (_, axes) = new_figure("collapse", t)
+    _, axes = panels
     row = rows_of("grown")["REINFORCE"]
     confusion = np.array(row["worst_confusion"])
     shares = 100 * confusion / confusion.sum(axis=1, keepdims=True)
@@ -102,13 +96,12 @@ def draw_collapse(t):
         axes.text(answer, image, text, ha="center", va="center", size=7, color=color)
     axes.set_title(t("answers of seed {} (% of a row)").format(row["worst_seed"]))
     axes.grid(False)
-    return figure
 
 
-def draw_one_update(t):
+def draw_one_update(figure, panels, t):
     """The ten probabilities of each image before and after; below, each answer's ratio."""
     update, (_, _, images, _) = read_results("one_update"), first_batch()
-    figure, (*panels, below) = new_figure("one_update", t)
+    *panels, below = panels
     for i, (image, bars) in enumerate(zip(panels[::2], panels[1::2], strict=True)):
         image.imshow(images[i].reshape(28, 28), cmap=SHARES)
         image.set(title=t("image {}").format(i + 1), xticks=[], yticks=[])
@@ -135,17 +128,15 @@ def draw_one_update(t):
         below.plot([], [], "o-", color=color, label=t(words))
     below.plot([], [], "o", color=NEUTRAL, mfc="none", ms=11, label=t("clipped: no gradient"))
     below.axhspan(0.8, 1.2, color=NEUTRAL, alpha=0.15, zorder=0)
-    return figure
 
 
-def draw_groups(t):
+def draw_groups(figure, panels, t):
     """Rewards of four images with four answers each; what one of them is compared with."""
     rewards = np.array([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0]])
     framed = image, answer = 1, 2
     images, answers = np.indices(rewards.shape)
     own = images == image
     groups = {"batch": own | True, "group": own, "loo": own & (answers != answer)}
-    figure, panels = new_figure("groups", t)
     figure.suptitle(t("rewards: the framed one is compared with the mean of the shaded ones"))
     for axes, (baseline, group) in zip(panels, groups.items(), strict=True):
         axes.pcolormesh(group, cmap=SHARES, vmin=0, vmax=2.5, edgecolors="0.6")
@@ -157,12 +148,11 @@ def draw_groups(t):
         by_hand = f"1 - {1 - advantages[framed]:.2f} = {advantages[framed]:+.2f}"
         axes.set_title(f"--baseline {baseline}\n{by_hand}")
         axes.grid(False)
-    return figure
 
 
-def draw_clip(t):
+def draw_clip(figure, panels, t):
     """What the loss counts for an answer, by its ratio; and advantages by the share of right."""
-    figure, (left, right) = new_figure("clip", t)
+    left, right = panels
     ratio = np.linspace(0.4, 1.6, 241)
     for advantage, color, label in ((1.0, RIGHT, "Â = +1: right"), (-1.0, WRONG, "Â = -1: wrong")):
         loss = np.vectorize(grpo_mnist.ppo_clip_loss)(np.log(ratio), 0.0, advantage, 0.2, 0.2)
@@ -174,12 +164,11 @@ def draw_clip(t):
     share = np.arange(1, 100) / 100
     right.plot(share, np.sqrt((1 - share) / share), RIGHT, lw=2, label=t("right"))
     right.plot(share, -np.sqrt(share / (1 - share)), WRONG, lw=2, label=t("wrong"))
-    return figure
 
 
-def draw_memory(t):
+def draw_memory(figure, panels, t):
     """Stacked bars of gigabytes for eight billion parameters."""
-    figure, (axes,) = new_figure("memory", t)
+    (axes,) = panels
     for kind, weights, adam in (("bf16 + fp32", 6, 8), ("bf16", 2, 4)):
         network = [("W", weights), ("G", 2), ("Adam", adam)]
         actor, critic = ([(color, *part) for part in network] for color in ("C2", "C4"))
@@ -199,18 +188,16 @@ def draw_memory(t):
         axes.barh(name, 0, color=color, label=t(label))
     axes.axvline(80, color="C3", ls="--", label=t("a GPU of 80 GB"))
     axes.grid(axis="y", visible=False)
-    return figure
 
 
-def draw_learning(t):
-    figure, (axes, _) = new_figure("learning", t)
+def draw_learning(figure, panels, t):
+    axes, _ = panels
     axes.plot(*PROMISED, "x", color="C3", ms=8, mew=2, label=t("what is promised for them"))
-    return figure
 
 
-def draw_algorithms(t):
+def draw_algorithms(figure, panels, t):
     """The error of every algorithm after ten epochs."""
-    figure, (axes,) = new_figure("algorithms", t)
+    (axes,) = panels
     rows = rows_of("comparison")
     compared = [row for row in rows.values() if "command" in row and len(row["seeds"]) == 5]
     for metric, color, shift, label in (
@@ -231,12 +218,10 @@ def draw_algorithms(t):
     axes.axvline(labels, color=NEUTRAL, lw=1, ls=":", label=t("labels, tuned, test images"))
     axes.set_yticks(range(len(compared)), [t(row["name"]) for row in compared])
     axes.set_ylim(len(compared) - 0.4, -4.6)
-    return figure
 
 
-def draw_growth(t):
+def draw_growth(figure, panels, t):
     results = read_results("growth")
-    figure, panels = new_figure("growth", t)
     kinds = ("num_generations", "batch_size", "width", "num_seeds")
     for axes, kind in zip(panels, kinds, strict=True):
         rows = results["growth"][kind]["rows"]
@@ -249,32 +234,27 @@ def draw_growth(t):
         axes.plot(sizes, factor * sizes**slope, "--", color=NEUTRAL, lw=1)
         axes.set_title(f"{t('slope')} {slope:.2f} ± {error:.2f}", fontsize=9)
         axes.set_xticks(sizes, sizes, rotation=45)
-    return figure
 
 
 def draw_all(t, suffix, directory):
-    """Writes NAME + suffix + .png into the directory for every picture."""
-    drawn = {name: new_figure(name, t)[0] for name in ("grown", "breaking", "strong")}
-    for draw in (draw_flow, draw_collapse, draw_one_update, draw_groups, draw_clip, draw_memory):
-        drawn[draw.__name__] = draw(t)
-    for draw in (draw_learning, draw_algorithms, draw_growth):
-        drawn[draw.__name__] = draw(t)
-    for name, figure in drawn.items():
+    """Writes NAME + suffix + .png into the directory for every picture of pictures.toml."""
+    for name, picture in read_toml("pictures.toml").items():
+        figure, panels = new_figure(picture, t)
+        if draw := globals().get(f"draw_{name}"):  # what the picture shows beside its curves
+            draw(figure, panels, t)
         for axes in figure.axes:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend()
-        figure.savefig(directory / f"{name.removeprefix('draw_')}{suffix}.png")
+        figure.savefig(directory / f"{name}{suffix}.png")
 
 
 def main(directory=RESULTS):
-    package, file = CHINESE_FONT
-    font = str(distribution(package).locate_file(file))
-    matplotlib.font_manager.fontManager.addfont(font)
-    family = matplotlib.font_manager.FontProperties(fname=font).get_name()
+    font = distribution("mpltw").locate_file("mpltw/TaipeiSansTCBeta-Regular.ttf")
+    matplotlib.font_manager.fontManager.addfont(str(font))
     words = read_toml("chinese.toml")
     with matplotlib.style.context(TEMPLATES / "pictures.mplstyle"):
         draw_all(str, "", directory)
-        with matplotlib.rc_context({"font.family": [family, "DejaVu Sans"]}):
+        with matplotlib.rc_context({"font.family": ["Taipei Sans TC Beta", "DejaVu Sans"]}):
             draw_all(lambda text: words.get(text, text), "_ch", directory)
 
 
