@@ -159,8 +159,8 @@ def draw_clip(figure, panels, t):
         clipped = ratio > 1.2 if advantage > 0 else ratio < 0.8
         left.plot(ratio, -loss, color, lw=2, label=t(label))
         left.plot(ratio[clipped], -loss[clipped], color, lw=7, alpha=0.4)
-    left.plot([], [], NEUTRAL, lw=7, alpha=0.4, label=t("clipped: no gradient"))
-    left.axvspan(0.8, 1.2, color=NEUTRAL, alpha=0.15, zorder=0)
+    left.plot([], [], NEUTRAL, lw=7, alpha=0.4, label=t("thick: clipped, no gradient"))
+    left.set_xticks([0.4, 0.8, 1.0, 1.2, 1.6])
     share = np.arange(1, 100) / 100
     right.plot(share, np.sqrt((1 - share) / share), RIGHT, lw=2, label=t("right"))
     right.plot(share, -np.sqrt(share / (1 - share)), WRONG, lw=2, label=t("wrong"))
@@ -244,7 +244,7 @@ def draw_all(t, suffix, directory):
             draw(figure, panels, t)
         for axes in figure.axes:
             if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+                axes.legend(loc=picture.get("legend", "best"))
         figure.savefig(directory / f"{name}{suffix}.png")
 
 

@@ -43,8 +43,9 @@ def sentences():
     networks = grpo_mnist.create_state(Config(baseline="critic")).networks
     actor, critic = (sum(x.size for x in jax.tree.leaves(network)) for network in networks)
     yield f"the actor has {actor:,} parameters, and the critic would add {critic:,}"
-    for row in (ppo, grpo):
-        yield f"{by_seed(row['test_accuracy'])} in {median(row['epoch_seconds']):.2f} s"
+    seconds = [f"{median(row['epoch_seconds']):.2f} s" for row in (ppo, grpo)]
+    yield f"reaches {by_seed(ppo['test_accuracy'])} here in {seconds[0]} an epoch"
+    yield f"the batch as group {by_seed(grpo['test_accuracy'])} in {seconds[1]}."
     yield f"the critic is worth {points(ppo, grpo)} points"
     labels = algorithms["labels, tuned"]["test_accuracy"]
     yield f"trained on labels, this network reaches {by_seed(labels)} of the test images"
@@ -60,7 +61,7 @@ def sentences():
     assert sum(share > 0.97 for share in quarter) == 4
     yield "but one of five seeds collapses"
     silent = rows["grown"]["ratio and clip"]["curves"]["frac_reward_zero_std"]
-    yield f"by the last epoch {np.mean(silent[-1]):.0%} of an image's groups are silent"
+    yield f"by the last epoch {np.mean(silent[-1]):.0%} of these groups are silent"
     taught = rows["breaking"]["labels, the exercise's original values"]
     first, last = median(original["curves"]["accuracy"][0]), median(original["accuracy"])
     yield f"they reach {first:.1%} and {last:.1%}, and even trained on the"

@@ -34,7 +34,7 @@ def blocks(language, section=""):
 
 def test_snippets_of_the_tour_are_lines_of_the_file_in_its_order():
     snippets = blocks("python", "7. ")
-    assert len(snippets) > 6
+    assert len(snippets) > 5
     places = [read("grpo_mnist.py").index(f"\n{snippet}") for snippet in snippets]
     assert places == sorted(places)
 
@@ -80,9 +80,9 @@ def test_messages_are_those_of_the_program():
 
 
 def test_the_whole_algorithm_as_one_listing_learns(digits):
-    """It is the paper's GRPO: an epoch of it makes most answers right."""
+    """It is GRPO with G = 8: after 60 batches, most answers are right."""
     (listing,) = blocks("python", "2. ")
-    config = Config(dataset="digits", baseline="group", batch_size=256, learning_rate=1e-3)
+    config = Config(dataset="digits", baseline="group", batch_size=256)
     actor = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config)).networks.actor
     optimizer = optax.adam(config.learning_rate)
     names = vars(grpo_mnist) | {
@@ -91,7 +91,7 @@ def test_the_whole_algorithm_as_one_listing_learns(digits):
         "optimizer_state": optimizer.init(actor),
         "batches": [
             (jnp.asarray(images[0], jnp.float32) / 255, labels[0])
-            for images, labels in grpo_mnist.batches(config, digits, epoch=1)
+            for images, labels in itertools.islice(grpo_mnist.batches(config, digits, epoch=1), 60)
         ],
         "keys": map(jax.random.key, itertools.count()),
         "G": config.num_generations,
@@ -99,7 +99,7 @@ def test_the_whole_algorithm_as_one_listing_learns(digits):
     }
     exec(listing, names)
     assert names["rewards"].shape == (256, 8)
-    assert names["rewards"].mean() > 0.9
+    assert names["rewards"].mean() > 0.8
 
 
 def masked(text):
