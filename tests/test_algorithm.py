@@ -49,7 +49,6 @@ def advantages_of(rewards, baseline, scale_rewards, **options):
         ("critic", "none", [[-1, 0, 1], [-1, -1, -1]]),
         ("none", "none", [[0, 1, 2], [3, 3, 3]]),
         ("batch", "batch", [[-1.7321, -0.8660, 0], [0.8660, 0.8660, 0.8660]]),
-        ("group", "batch", [[-0.8660, 0, 0.8660], [0, 0, 0]]),
         ("group", "group", [[-1.2247, 0, 1.2247], [0, 0, 0]]),
         ("loo", "group", [[-1.8371, 0, 1.8371], [0, 0, 0]]),
         ("batch", "group", [[-2.4495, -1.2247, 0], [0, 0, 0]]),
@@ -57,9 +56,9 @@ def advantages_of(rewards, baseline, scale_rewards, **options):
     ],
 )
 def test_every_baseline_by_hand(baseline, scale_rewards, expected):
-    options = {"ema": 0.5, "critic": np.array([[1.0], [4.0]])}
-    options = {"expected_rewards": options[baseline]} if baseline in options else {}
-    advantages = advantages_of([[0, 1, 2], [3, 3, 3]], baseline, scale_rewards, **options)
+    expected_rewards = {"ema": 0.5, "critic": np.array([[1.0], [4.0]])}.get(baseline)
+    rewards = [[0, 1, 2], [3, 3, 3]]
+    advantages = advantages_of(rewards, baseline, scale_rewards, expected_rewards=expected_rewards)
     np.testing.assert_allclose(advantages, expected, atol=1e-4)
 
 
@@ -175,12 +174,10 @@ def value_and_gradient(loss):
         (ppo_clip_loss, 0.5, 1.5, -2.0, 3.0, 3.0),
         (ppo_clip_loss, 0.5, 0.5, -2.0, 1.6, 0.0),  # bad, and already rarer by 1 - 0.2
         (ppo_clip_loss, 0.5, 0.9, -2.0, 1.8, 1.8),
-        (ppo_clip_loss, 0.5, 1.5, 0.0, 0.0, 0.0),
         (cispo_loss, 0.5, 1.1, 2.0, 1.5249, -2.2),
         (cispo_loss, 0.5, 1.5, 2.0, 1.8022, -2.6),  # held at 1.3 times, and not at 0
         (cispo_loss, 0.5, 1.5, -2.0, -1.8022, 2.6),  # whatever the sign
-        (cispo_loss, 0.5, 0.5, 2.0, 0.6931, -1.0),
-        (cispo_loss, 0.5, 0.5, -2.0, -0.6931, 1.0),  # without a lower bound
+        (cispo_loss, 0.5, 0.5, 2.0, 0.6931, -1.0),  # without a lower bound
         (dg_loss, 0.5, 1.0, 1.0, 0.4621, -0.6667),  # the gate is 1 / (1 + 0.5^1) = 2 / 3
         (dg_loss, 0.5, 1.0, -1.0, -0.2310, 0.3333),  # 1 / (1 + 0.5^-1)
         (dg_loss, 0.01, 1.0, 1.0, 4.5596, -0.9901),  # improbable and good: in full
@@ -214,40 +211,33 @@ def test_the_target_of_tpo_by_hand():
     assert loss == pytest.approx(np.log(10), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "later_round", "value_is_exact", "gradient_of"),
-    [
-        ("exact", False, True, "KL(policy || reference)"),
-        ("k3", False, True, "KL(reference || policy)"),  # E[(1 - q/p) d log p] = -E_q[d log p]
-        ("k3", True, False, None),  # The policy is no longer the one that answered.
-        ("k3_corrected", False, True, "KL(policy || reference)"),
-        ("k3_corrected", True, True, "KL(policy || reference)"),
-    ],
-)
-def test_the_kl_term_on_average(estimator, later_round, value_is_exact, gradient_of):
-    """Over the answers of the policy, or of an older one: the value and its gradient."""
+def test_the_kl_term_on_average():
+    """Over the answers of the policy or, if corrected, an older one: the value and its gradient."""
     logits = np.random.default_rng(5).normal(size=(3, 10)).astype(np.float32)
     p, q, older = special.softmax(logits, axis=1)
-    old = older if later_round else p
+    exact = stats.entropy(p, q)
+    gradient_of_kl, gradient_of_reverse_kl = p * (np.log(p / q) - exact), p - q
 
-    def expected_kl(logits):
+    def average(estimator, answering, logits):
         policy, reference = (tfd.Categorical(logits=x[None]) for x in (logits, np.log(q)))
 
-        def kl_of(action, probability):
+        def kl_of(action):
             actions = action[None, None]
-            ratio = policy.prob(actions) / probability
+            ratio = policy.prob(actions) / jnp.asarray(answering)[action]
             return grpo_mnist.kl_to_reference(policy, reference, actions, ratio, estimator)
 
-        return old @ jax.vmap(kl_of)(jnp.arange(10), old)
+        return answering @ jax.vmap(kl_of)(jnp.arange(10))
 
-    exact = stats.entropy(p, q)
-    value, gradient = value_and_gradient(expected_kl)(logits[0])
-    assert (value == pytest.approx(exact, rel=1e-5)) == value_is_exact
-    for divergence, expected in (
-        ("KL(policy || reference)", p * (np.log(p / q) - exact)),
-        ("KL(reference || policy)", p - q),
+    for estimator, answering, expected in (
+        ("exact", p, gradient_of_kl),
+        ("k3", p, gradient_of_reverse_kl),  # E[(1 - q/p) d log p] = -E_q[d log p]
+        ("k3_corrected", p, gradient_of_kl),
+        ("k3_corrected", older, gradient_of_kl),
     ):
-        assert np.allclose(gradient, expected, atol=1e-6) == (divergence == gradient_of)
+        average_of = partial(average, estimator, answering)
+        value, gradient = jax.jit(jax.value_and_grad(average_of))(logits[0])
+        assert value == pytest.approx(exact, rel=1e-5)
+        np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
 # --- The policy ---
@@ -270,8 +260,8 @@ def test_answers_are_sampled_from_the_policy():
 
 @pytest.fixture(scope="module")
 def state():
-    """The initial state of one seed, with all that a state can have."""
-    states = grpo_mnist.create_state(Config(baseline="critic", beta=1.0))
+    """The initial state of one seed, with an actor and a critic."""
+    states = grpo_mnist.create_state(Config(baseline="critic"))
     return jax.tree.map(lambda x: x[0], states)
 
 
@@ -315,15 +305,12 @@ CONFIGS = {
 def take_step(state, images, labels, config):
     """A state made of that one, its rollout, the state after the step, and the step's metrics."""
     optimizer = grpo_mnist.create_optimizer(config, num_steps=3)
-    has_critic, has_reference = config.baseline == "critic", config.beta > 0
-    networks = state.networks if has_critic else state.networks._replace(critic=None)
-    before = state._replace(
-        networks=networks,
-        optimizer_state=optimizer.init(networks),
-        # As if the actor had moved away from it before.
-        reference=jax.tree.map(lambda x: 0.9 * x, state.reference) if has_reference else None,
-        moving_average=jnp.float32(0.3),
-    )
+    actor, critic = state.networks
+    networks = grpo_mnist.Networks(actor, critic if config.baseline == "critic" else None)
+    # As if the actor had moved away from the reference before.
+    reference = jax.tree.map(lambda x: 0.9 * x, actor) if config.beta > 0 else None
+    adam = optimizer.init(networks)
+    before = grpo_mnist.TrainState(networks, adam, reference, jnp.float32(0.3), state.key)
     _, key = jax.random.split(before.key)
     rollout = grpo_mnist.sample_rollout(before, images, labels, key, config)
     step = grpo_mnist.train_step(before, images, labels, optimizer=optimizer, config=config)
@@ -371,9 +358,9 @@ class NumPyNetwork:
         return special.log_softmax(self.forward(images)[-1], axis=1)
 
     def update(self, images, by_outputs, learning_rate):
-        """By Adam (arXiv 1412.6980, algorithm 1); returns the norm of the gradient.
+        """By Adam (arXiv 1412.6980, algorithm 1), from the derivatives by the outputs.
 
-        by_outputs is the derivative of the loss by the outputs, (B, 10) or (B, 1).
+        Returns the norm of the gradient.
         """
         hidden_1, hidden_2, _ = self.forward(images)
         _, _, w2, _, w3, _ = self.parameters

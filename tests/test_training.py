@@ -2,8 +2,6 @@
 
 import hashlib
 import importlib
-import io
-import os
 import re
 import subprocess
 import sys
@@ -11,11 +9,11 @@ import time
 from contextlib import redirect_stdout
 from functools import partial
 
-import common
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, edited_program, read_history, read_json, start_program, tree
+from common import train_in_memory
+from conftest import ROOT, edited_program, read_history, read_json, start_program
 from faults import metrics_without_times
 from scipy.stats import t
 
@@ -30,19 +28,15 @@ PROMISED = {  # the bounds of both accuracies; above the upper ones, labels woul
 
 def test_the_documented_command_reaches_what_it_promises(dataset, request, monkeypatch, capfd):
     """The accuracy gate: without flags, on MNIST where its files are, else on the digits."""
-    results, pending, compile_step = [], [], grpo_mnist.compile_step
+    steps, pending, end_epoch = [], [], grpo_mnist.end_epoch
 
-    def compile_and_watch(*arguments):
-        compiled = compile_step(*arguments)
+    def watch(*arguments):
+        losses = [metrics["loss"] for metrics in arguments[-1]]
+        pending.append(sum(not loss.is_ready() for loss in losses))
+        steps.append(len(losses))
+        return end_epoch(*arguments)
 
-        def step(*arguments):
-            pending.append(sum(not metrics["loss"].is_ready() for _, metrics in results[-20:]))
-            results.append(compiled(*arguments))
-            return results[-1]
-
-        return step
-
-    monkeypatch.setattr(grpo_mnist, "compile_step", compile_and_watch)
+    monkeypatch.setattr(grpo_mnist, "end_epoch", watch)
     if dataset.name == "mnist":
         monkeypatch.setenv("TFDS_DATA_DIR", str(request.getfixturevalue("mnist_dir")))
     history = train(parse_flags(["--output-dir=run"]))
@@ -54,7 +48,9 @@ def test_the_documented_command_reaches_what_it_promises(dataset, request, monke
     for name, (low, high) in PROMISED[dataset.name].items():
         assert low < summary[name] < high
     assert summary["training_state_bytes"] == 4 * 4 * 118_282
-    assert len(history) == 10
+    assert steps == [len(dataset.train_labels) // 1024] * 10
+    # The loop is ahead of the device, but by no more steps than fit into the memory.
+    assert 1 <= max(pending) <= 3
     for metrics in history:
         assert metrics["kl"] is None
         assert 0 < metrics["clip_ratio_low"] < 0.2
@@ -63,19 +59,13 @@ def test_the_documented_command_reaches_what_it_promises(dataset, request, monke
     assert history[-1]["learning_rate"] < 0.0001
     facts = {"versions", "device", "cores", "xla_flags", "program_sha256"}
     assert set(Config.__dataclass_fields__) | facts == set(read_json("run/config.json"))
-    # The loop is ahead of the device, but by no more steps than fit into the memory.
-    assert len(pending) == 10 * (len(dataset.train_labels) // 1024)
-    assert 1 <= max(pending) <= 3
 
 
 def test_shuffled_labels_teach_nothing(dataset):
     """With rewards that have nothing to do with the images, the accuracy stays at chance."""
     labels = np.random.default_rng(0).permutation(dataset.train_labels)
-    nonsense, config, began = dataset._replace(train_labels=labels), Config(), time.perf_counter()
-    state, step = common.state_and_step(nonsense, config)
-    batches = grpo_mnist.batches(config, nonsense, epoch=1)
-    state, step_metrics = common.run_epoch(step, state, batches)
-    metrics = grpo_mnist.end_epoch(config, nonsense, state, 1, began, step_metrics)
+    nonsense = dataset._replace(train_labels=labels)
+    (metrics,) = train_in_memory(nonsense, Config(num_epochs=1, lr_schedule="constant"))
     assert 0.08 < metrics["accuracy"] < 0.125
     assert metrics["test_accuracy"] < 0.25  # an answer to all, right by luck at most so often
 
@@ -92,24 +82,21 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory with runs of this process, 7 and 9, of these seeds, and together, of 7, 8 and 9.
+    """A directory with runs of this process, of seed 7, of 9, and of 7, 8 and 9 together.
 
-    Meanwhile, another process with seed 7 fills a compilation cache, and one reads from it.
+    Another process with seed 7 runs meanwhile; it finds the step in the tests' compilation cache.
     """
     directory = tmp_path_factory.mktemp("runs")
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(directory / "cache")  # as in the README
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    for other, here in (("filling", "7 9"), ("reading", "together")):
-        flags = (*FLAGS, "--seed=7", f"--output-dir={directory / other}")
-        with start_program(*flags, env=environment) as process:
-            for name in here.split():
-                seeds = ("--seed=7", "--num-seeds=3") if name == "together" else (f"--seed={name}",)
-                with (directory / f"{name}.txt").open("w") as output, redirect_stdout(output):
-                    assert main([*FLAGS, *seeds, f"--output-dir={directory / name}"]) == 0
-            assert process.communicate(timeout=120)[1] == ""
-        cached = [file for file in tree(directory / "cache") if not file.endswith("-atime")]
-        (directory / f"{other}.txt").write_text("\n".join(cached))
+
+    def run(name, *flags):
+        with (directory / f"{name}.txt").open("w") as output, redirect_stdout(output):
+            assert main([*FLAGS, *flags, f"--output-dir={directory / name}"]) == 0
+
+    run("7", "--seed=7")
+    with start_program(*FLAGS, "--seed=7", f"--output-dir={directory / 'other'}") as process:
+        run("9", "--seed=9")
+        run("together", "--seed=7", "--num-seeds=3")
+        assert process.communicate(timeout=120)[1] == ""
     return directory
 
 
@@ -118,12 +105,9 @@ def params_sha256(run):
 
 
 def test_the_same_seed_gives_the_same_parameters(runs):
-    """In this process and in others, to the last bit; also with a step from a compilation cache."""
-    for other in ("filling", "reading"):
-        assert params_sha256(runs / "7") == params_sha256(runs / other)
-        assert metrics_without_times(runs / "7") == metrics_without_times(runs / other)
-    filled, read = ((runs / f"{name}.txt").read_text() for name in ("filling", "reading"))
-    assert filled == read != ""
+    """In this process and in another, to the last bit; also with a step from the cache."""
+    assert params_sha256(runs / "7") == params_sha256(runs / "other")
+    assert metrics_without_times(runs / "7") == metrics_without_times(runs / "other")
 
 
 def test_the_files_of_a_run_hold_what_it_came_to(runs, digits):
@@ -147,8 +131,7 @@ def test_the_files_of_a_run_hold_what_it_came_to(runs, digits):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     # The reference became the actor of epoch 2, and stayed that.
-    paths = [run / "checkpoints" / f"epoch-{epoch}.npz" for epoch in (2, 3)]
-    second, third = (np.load(io.BytesIO(path.read_bytes()[:-32])) for path in paths)
+    second, third = (np.load(run / "checkpoints" / f"epoch-{epoch}.npz") for epoch in (2, 3))
     for name in (name for name in third if name.startswith("reference.")):
         trained = name.replace("reference.", "networks.actor.")
         np.testing.assert_array_equal(second[name], second[trained])
@@ -164,10 +147,9 @@ def test_several_seeds_are_the_same_runs_as_each_alone(runs, digits):
     assert f"params_sha256: {summary['params_sha256']}\n" in output
     by_seed = summary["by_seed"]
     for seed in (7, 9):
-        alone = runs / str(seed)
         if jax.default_backend() == "cpu":
-            assert by_seed["params_sha256"][seed - 7] == params_sha256(alone)
-        for one, all_three in zip(read_history(alone), history, strict=True):
+            assert by_seed["params_sha256"][seed - 7] == params_sha256(runs / str(seed))
+        for one, all_three in zip(read_history(runs / str(seed)), history, strict=True):
             for name, values in all_three["by_seed"].items():
                 assert values[seed - 7] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
     for epoch, line in zip(history, re.findall(r"Epoch \d.*", output), strict=True):
@@ -181,7 +163,7 @@ def test_several_seeds_are_the_same_runs_as_each_alone(runs, digits):
     # What training keeps is counted for one seed, and is the same however many there are.
     alone = read_json(runs / "7" / "summary.json")
     assert summary["training_state_bytes"] == alone["training_state_bytes"]
-    assert {"interval_95", "by_seed"} & set(alone) == set()
+    assert {"interval_95", "by_seed"}.isdisjoint(alone)
     # The actor of each seed can be loaded; the first one's, if none is named.
     for seed, accuracy in zip((None, 8, 9), by_seed["test_accuracy"], strict=True):
         answers = load_actor(run, seed)(digits.test_images / np.float32(255)).mode()
