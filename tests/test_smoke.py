@@ -8,10 +8,7 @@ from grpo_mnist import Config, load_dataset
 
 
 def test_the_program_trains_and_a_tiny_subset_is_learned(tmp_path):
-    """Two epochs in a process of its own; meanwhile one batch, 140 times, in this one.
-
-    As many steps in both, so that what one has compiled, the other one finds.
-    """
+    """Two epochs in another process; here, one batch 140 times: the same steps, compiled once."""
     flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=512", "--output-dir=run")
     with start_program(*flags) as process:
         digits = load_dataset("digits", tmp_path)

@@ -28,12 +28,10 @@ PROMISED = {  # the bounds of both accuracies; above the upper ones, labels woul
 
 def test_the_documented_command_reaches_what_it_promises(dataset, request, monkeypatch, capfd):
     """The accuracy gate: without flags, on MNIST where its files are, else on the digits."""
-    steps, pending, end_epoch = [], [], grpo_mnist.end_epoch
+    ready, end_epoch = [], grpo_mnist.end_epoch
 
     def watch(*arguments):
-        losses = [metrics["loss"] for metrics in arguments[-1]]
-        pending.append(sum(not loss.is_ready() for loss in losses))
-        steps.append(len(losses))
+        ready.append([metrics["loss"].is_ready() for metrics in arguments[-1]])
         return end_epoch(*arguments)
 
     monkeypatch.setattr(grpo_mnist, "end_epoch", watch)
@@ -48,9 +46,9 @@ def test_the_documented_command_reaches_what_it_promises(dataset, request, monke
     for name, (low, high) in PROMISED[dataset.name].items():
         assert low < summary[name] < high
     assert summary["training_state_bytes"] == 4 * 4 * 118_282
-    assert steps == [len(dataset.train_labels) // 1024] * 10
+    assert [len(steps) for steps in ready] == [len(dataset.train_labels) // 1024] * 10
     # The loop is ahead of the device, but by no more steps than fit into the memory.
-    assert 1 <= max(pending) <= 3
+    assert 1 <= max(steps.count(False) for steps in ready) <= 3
     for metrics in history:
         assert metrics["kl"] is None
         assert 0 < metrics["clip_ratio_low"] < 0.2
@@ -100,13 +98,10 @@ def runs(tmp_path_factory):
     return directory
 
 
-def params_sha256(run):
-    return read_json(run / "summary.json")["params_sha256"]
-
-
 def test_the_same_seed_gives_the_same_parameters(runs):
     """In this process and in another, to the last bit; also with a step from the cache."""
-    assert params_sha256(runs / "7") == params_sha256(runs / "other")
+    one, other = (read_json(runs / name / "summary.json") for name in ("7", "other"))
+    assert one["params_sha256"] == other["params_sha256"]
     assert metrics_without_times(runs / "7") == metrics_without_times(runs / "other")
 
 
@@ -118,10 +113,8 @@ def test_the_files_of_a_run_hold_what_it_came_to(runs, digits):
     # Float32: weights, gradients and Adam's two moments, and the reference's weights.
     assert summary["training_state_bytes"] == 4 * (4 * 118_282 + 118_282)
     actor = load_actor(run)
-    layers = (actor.hidden_1, actor.hidden_2, actor.output)
-    arrays = [np.asarray(x) for layer in layers for x in (layer.bias, layer.kernel)]
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    assert summary["params_sha256"] == digest
+    content = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(actor))
+    assert summary["params_sha256"] == hashlib.sha256(content).hexdigest()
     probabilities = np.asarray(actor(digits.test_images / np.float32(255)).probs_parameter())
     several = jax.tree.map(lambda x: x[None], actor)
     answers, confidences = (x[0] for x in predict(several, digits.test_images))
@@ -143,12 +136,16 @@ def test_several_seeds_are_the_same_runs_as_each_alone(runs, digits):
     """In one compiled program and in runs of their own; on CPUs, the same parameters."""
     run, output = runs / "together", (runs / "together.txt").read_text()
     history, summary = read_history(run), read_json(run / "summary.json")
+    by_seed = summary["by_seed"]
     assert "1 steps of 18000 images; 17925 images left over" in output
     assert f"params_sha256: {summary['params_sha256']}\n" in output
-    by_seed = summary["by_seed"]
     for seed in (7, 9):
+        alone = read_json(runs / str(seed) / "summary.json")
+        assert {"interval_95", "by_seed"}.isdisjoint(alone)
+        # What training keeps is counted for one seed, and is the same however many there are.
+        assert summary["training_state_bytes"] == alone["training_state_bytes"]
         if jax.default_backend() == "cpu":
-            assert by_seed["params_sha256"][seed - 7] == params_sha256(runs / str(seed))
+            assert by_seed["params_sha256"][seed - 7] == alone["params_sha256"]
         for one, all_three in zip(read_history(runs / str(seed)), history, strict=True):
             for name, values in all_three["by_seed"].items():
                 assert values[seed - 7] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
@@ -160,10 +157,6 @@ def test_several_seeds_are_the_same_runs_as_each_alone(runs, digits):
         assert f"Accuracy: {100 * values.mean():.2f}% +- {100 * margin:.2f}%," in line
     assert by_seed["accuracy"] == values.tolist()
     assert summary["interval_95"] == history[-1]["interval_95"]
-    # What training keeps is counted for one seed, and is the same however many there are.
-    alone = read_json(runs / "7" / "summary.json")
-    assert summary["training_state_bytes"] == alone["training_state_bytes"]
-    assert {"interval_95", "by_seed"}.isdisjoint(alone)
     # The actor of each seed can be loaded; the first one's, if none is named.
     for seed, accuracy in zip((None, 8, 9), by_seed["test_accuracy"], strict=True):
         answers = load_actor(run, seed)(digits.test_images / np.float32(255)).mode()
@@ -181,9 +174,6 @@ def test_an_actor_is_not_loaded_from_where_there_is_none(runs, tmp_path):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UsageError, match=f"{tmp_path} {reason}"):
             load_actor(tmp_path)
-
-
-# --- Other numbers ---
 
 
 def test_a_baseline_and_a_reward_of_ones_own_are_one_entry_each(tmp_path, monkeypatch, capfd):
