@@ -126,8 +126,7 @@ def assert_one_line_error(errors, *words):
     """One line on standard error that holds the words, and no traceback."""
     assert len(errors.splitlines()) == 1, errors
     assert errors.startswith("grpo_mnist.py: ")
-    for word in words:
-        assert word in errors
+    assert all(word in errors for word in words), errors
 
 
 def flag(field):

@@ -1,12 +1,9 @@
 """What the program says and leaves behind when it is asked wrongly, fails, or is stopped."""
 
-import contextlib
 import gc
 import itertools
-import os
 import re
 import runpy
-import shlex
 import signal
 import socket
 import subprocess
@@ -33,13 +30,11 @@ OUT_OF_RANGE = {  # what a value must be: flags, and values that are not
     "0 or more, the last below 2**32": ("seed", "-1 4294967296"),
 }
 NOT_UNDERSTOOD = (  # unknown, without a value, mistyped, or not a choice
-    *("--lr 3", "--learning-rat 0.1", "stray", "--num-epochs", "--num-epochs 1.5"),
-    *("--num-epochs ''", "--batch-size None", "--seed 0x10", "--learning-rate 1,5"),
-    *("--clip-epsilon-high auto", "--dataset MNIST", "--loss-type ppo"),
+    "--lr=3 --num-epochs --num-epochs= --num-epochs=1.5 --batch-size=None --seed=0x10 "
+    "--learning-rate=1,5 --clip-epsilon-high=auto --dataset=MNIST"
 )
 WRONG = {  # flags, and what the line on standard error must hold
-    "--seed 1 2": "2",
-    "--dynamic-sampling yes": "yes",
+    "stray": "stray",
     "--ref-sync-epochs=-1": "--ref-sync-epochs -1 must be 0 or more, within float32",
     "--batch-size=1": "--batch-size 1 must be 2 or more: a group of one learns nothing",
     "--baseline=group --num-generations=1": "--num-generations 1 must be 2 or more where ",
@@ -57,16 +52,15 @@ WRONG = {  # flags, and what the line on standard error must hold
     "--num-iterations=65536 --num-minibatches=32768": "must be below 2**31 / --num-minibatches",
     "--kl-estimator=k3_corrected": "--kl-estimator k3_corrected must be exact while --beta is 0",
     "--ref-sync-epochs=2": "--ref-sync-epochs 2 must be 0 while --beta is 0",
-    "--coordinator-address=here:1": "--coordinator-address here:1 must be host:port, with ",
+    "--num-processes=2": "--coordinator-address None must be host:port, with --num-processes",
+    "--coordinator-address=a --num-processes=2 --process-id=0": "-address a must be host:port",
     "--batch-size=4 --num-minibatches=8": "--batch-size 4 must be a multiple of 8 (",
     "--batch-size=40000": "a multiple of 1 (devices x --num-minibatches) and at most 35925 (train",
     "--output-dir=a-file": "a-file cannot be opened (Not a directory)",
-    "--output-dir=old-run": "--output-dir old-run holds a run (config.json)",
-    "--output-dir=half-run": "--output-dir half-run holds a run (metrics.jsonl)",
-    "--output-dir=/proc/run": "/proc/run cannot be opened (No such file or directory)",
+    "--output-dir=a-run": "--output-dir a-run holds a run (metrics.jsonl)",
     "--dataset=mnist --data-dir=a-file": "--data-dir a-file must be a directory",
 }
-WRONG |= {flags: flags.split()[0] for flags in NOT_UNDERSTOOD}
+WRONG |= {flags: flags.partition("=")[0] for flags in NOT_UNDERSTOOD.split()}
 WRONG |= {
     f"--{name}={value}": f"--{name} {value} must be {rule}"
     for rule, (*names, values) in OUT_OF_RANGE.items()
@@ -77,63 +71,47 @@ WRONG |= {
 @pytest.mark.parametrize("flags", WRONG)
 def test_bad_input_is_refused_in_one_line(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "40")  # The parser would break lines.
-    (tmp_path / "a-file").write_text("mine")
-    for path in ("old-run/config.json", "half-run/metrics.jsonl"):
-        (tmp_path / path).parent.mkdir()
-        (tmp_path / path).write_text("")
+    Path("a-file").write_text("mine")
+    Path("a-run").mkdir()
+    Path("a-run/metrics.jsonl").touch()
     before = tree(tmp_path)
-    assert main([*DIGITS, *shlex.split(flags)]) == 2
-    output, errors = capfd.readouterr()
-    assert output == ""
+    status, (output, errors) = main([*DIGITS, *flags.split()]), capfd.readouterr()
+    assert (status, output) == (2, "")
     assert_one_line_error(errors, WRONG[flags])
     assert "memory" not in errors  # as it is not the cause
     assert tree(tmp_path) == before
-    assert (tmp_path / "a-file").read_text() == "mine"
+    assert Path("a-file").read_text() == "mine"
 
 
-def test_devices_that_do_not_exist_are_refused_in_one_line(tmp_path):
-    platforms = ("cuda", "abacus")
-    environments = [os.environ | {"JAX_PLATFORMS": platform} for platform in platforms]
-    processes = [start_program(*DIGITS, env=environment) for environment in environments]
-    for platform, process in zip(platforms, processes, strict=True):
-        output, errors = process.communicate(timeout=60)
-        assert (process.returncode, output) == (2, "")
-        assert_one_line_error(errors, platform)
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_devices_that_do_not_exist_are_refused_in_one_line(platform, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    status, output, errors = run_program(*DIGITS)
+    assert (status, output) == (2, "")
+    assert_one_line_error(errors, platform)
     assert tree(tmp_path) == []
 
 
-def test_a_config_is_checked_on_construction():
-    wrong = {"num_epochs": 0, "learning_rate": float("inf"), "dataset": "MNIST", "loss_type": "ppo"}
-    wrong |= {"baseline": "mean", "scale_rewards": None, "clip_epsilon_high": -0.3}
-    for name, value in wrong.items():
-        with pytest.raises(UsageError, match=flag(name)):
-            Config(**{name: value})
+@pytest.mark.parametrize("name", ["dataset", "loss_type", "baseline", "scale_rewards"])
+def test_a_config_is_checked_on_construction(name):
+    with pytest.raises(UsageError, match=flag(name)):
+        Config(**{name: "PPO"})
 
 
 ANSWERS_PER_IMAGE = {  # They depend on what is compared.
-    "--baseline=critic": 1,
     "--baseline=group": 8,
-    "--baseline=loo --scale-rewards=none": 8,
-    "--scale-rewards=group": 8,
-    "--baseline=group --scale-rewards=mean --dynamic-sampling": 8,
-    "--baseline=group --num-generations=4": 4,
+    "--scale-rewards=group --dynamic-sampling": 8,
     "--baseline=none --scale-rewards=mean": 8,
-    "--clip-epsilon=0.1 --num-generations=4": 4,
+    "--baseline=group --num-generations=4 --clip-epsilon=0.1": 4,
     "--loss-type=cispo --clip-epsilon-high=4.0": 1,
     "--loss-type=dg --baseline=group --scale-rewards=mean": 8,
-    "--loss-type=tpo --baseline=critic --scale-rewards=none --num-minibatches=2": 1,
-    "--kl-estimator=k3_corrected --beta=0.1 --ref-sync-epochs=1": 1,
-    "--coordinator-address=here:1 --num-processes=2 --process-id=0": 1,
+    "--loss-type=tpo --baseline=critic --scale-rewards=none": 1,
 }
 
 
 @pytest.mark.parametrize("flags", ANSWERS_PER_IMAGE)
 def test_flags_that_go_together(flags):
-    config = parse_flags(flags.split())
-    for given in flags.split():
-        name, _, value = given.removeprefix("--").partition("=")
-        assert str(getattr(config, name.replace("-", "_"))) == (value or "True")
-    assert config.num_generations == ANSWERS_PER_IMAGE[flags]
+    assert parse_flags(flags.split()).num_generations == ANSWERS_PER_IMAGE[flags]
 
 
 def test_directories_may_be_text_and_that_of_data_follows_tensorflow_datasets(monkeypatch):
@@ -154,10 +132,9 @@ def test_help_explains_every_flag(capfd):
 
 
 def test_importing_the_file_does_nothing(tmp_path, capfd):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), gc.isenabled()
+    before = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)), gc.isenabled()]
     runpy.run_path(ROOT / "grpo_mnist.py")
-    after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), gc.isenabled()
-    assert before == after
+    assert [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)), gc.isenabled()] == before
     assert capfd.readouterr() == ("", "")
     assert tree(tmp_path) == []
 
@@ -177,17 +154,11 @@ def test_a_signal_during_the_imports_ends_the_process_as_the_system_does(number)
 
 def run_on_a_terminal(*flags):
     """Runs the program on a terminal: its exit status, and what it has sent to the screen."""
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    command = [sys.executable, str(ROOT / "grpo_mnist.py"), *flags]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        screen = b""
-        with contextlib.suppress(OSError):  # which is how Linux says that nobody writes any more
-            while received := os.read(ours, 4096):
-                screen += received
-    os.close(ours)
-    return process.returncode, screen.decode()
+    pytest.importorskip("pty")
+    run = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    command = [sys.executable, "-c", run, sys.executable, ROOT / "grpo_mnist.py", *flags]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+    return process.returncode, process.stdout.decode()
 
 
 def test_a_terminal_shows_what_is_waited_for(monkeypatch):
@@ -201,13 +172,8 @@ def test_a_terminal_shows_what_is_waited_for(monkeypatch):
     assert "--- Training completed! ---" in lines
     epochs = [line for line in lines if line.startswith("Epoch ")]
     assert [line.rpartition(" ")[2] for line in epochs] == ["images/s"] * 2  # not broken
-
-
-def test_a_wrong_flag_is_one_line_on_a_terminal_too():
-    status, screen = run_on_a_terminal("--num-epochs=0")
-    loading, line, rest = screen.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    assert (status, loading, rest) == (2, "Loading...", "")
-    assert line.startswith("grpo_mnist.py: --num-epochs 0 must be")  # printed over the other one
+    line = "grpo_mnist.py: --num-epochs 0 must be 1 or more, and below 2**31 (see --help)"
+    assert run_on_a_terminal("--num-epochs=0") == (2, f"Loading...\r{line}\r\n")
 
 
 def test_a_signal_while_the_data_are_fetched(tmp_path, monkeypatch):
@@ -223,24 +189,11 @@ def test_a_signal_while_the_data_are_fetched(tmp_path, monkeypatch):
     assert tree(tmp_path) == []
 
 
-def test_a_signal_to_a_run_says_how_to_resume(capfd):
-    """Before, the run has its directory to itself."""
-    with start_program("--dataset=digits", *ENDLESS) as process:
-        read_until(process, "Output: ")
-        status = main(["--resume=run"])
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
-    assert status == 2
-    assert_one_line_error(capfd.readouterr().err, "run cannot be opened (another run is using it)")
-    assert process.returncode == 143
-    command = f"{sys.executable} {ROOT / 'grpo_mnist.py'} --resume run"
-    assert errors == f"grpo_mnist.py: stopped by SIGTERM; resume with: {command}\n"
-
-
 def test_a_signal_ends_a_run_whose_reader_has_gone():
-    """As with `2>&1 | tee log`, where Ctrl-C ends tee as well. The step is compiled then."""
+    """As with `2>&1 | tee log`, where Ctrl-C ends tee as well. Before, the directory is in use."""
     with start_program("--dataset=digits", *ENDLESS) as process:
         read_until(process, "Output: ")
+        assert main(["--resume=run"]) == 2
         process.stdout.close()
         process.stderr.close()
         process.send_signal(signal.SIGINT)
@@ -260,30 +213,25 @@ def test_a_reader_that_leaves():
 WITHOUT_POSIX = """
 import os, sys
 
+def open_no_directory(event, arguments):
+    if event == "open" and os.path.isdir(arguments[0]):
+        raise PermissionError(13, "Permission denied", arguments[0])
+
+sys.addaudithook(open_no_directory)
 # With None, an import raises ImportError.
 sys.modules.update(dict.fromkeys(("fcntl", "grp", "pwd", "resource", "termios")))
-open_file = os.open
-
-def open_no_directory(path, *arguments, **options):
-    if os.path.isdir(path):
-        raise PermissionError(13, "Permission denied", path)
-    return open_file(path, *arguments, **options)
-
-os.open = open_no_directory
 import grpo_mnist
 sys.exit(grpo_mnist.main(sys.argv[1:]))
 """
 
 
-def test_a_run_without_posix(tmp_path):
+def test_a_run_without_posix(tmp_path, monkeypatch):
     """As far as Windows can be played: what it lacks is hidden, also from the libraries."""
-    program = tmp_path / "without_posix.py"
-    program.write_text(WITHOUT_POSIX)
     # The compilation cache must do without its lock, which is another one without fcntl.
-    environment = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}
-    environment |= {"PYTHONWARNINGS": "ignore"}
-    flags = (*DIGITS, "--output-dir=run")
-    status, output, errors = run_program(*flags, program=program, env=os.environ | environment)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    flags = (*DIGITS, f"--output-dir={tmp_path}")
+    status, output, errors = run_program(WITHOUT_POSIX, *flags, program="-c", cwd=ROOT)
     assert (status, errors) == (0, "")
     assert "--- Training completed! ---" in output
-    assert Path("run/summary.json").exists()
+    assert (tmp_path / "summary.json").exists()

@@ -2,8 +2,6 @@
 
 import hashlib
 import importlib
-import io
-import os
 import re
 import subprocess
 import sys
@@ -11,11 +9,11 @@ import time
 from contextlib import redirect_stdout
 from functools import partial
 
-import common
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, edited_program, read_history, read_json, start_program, tree
+from common import train_in_memory
+from conftest import ROOT, edited_program, read_history, read_json, start_program
 from faults import metrics_without_times
 from scipy.stats import t
 
@@ -30,19 +28,13 @@ PROMISED = {  # the bounds of both accuracies; above the upper ones, labels woul
 
 def test_the_documented_command_reaches_what_it_promises(dataset, request, monkeypatch, capfd):
     """The accuracy gate: without flags, on MNIST where its files are, else on the digits."""
-    results, pending, compile_step = [], [], grpo_mnist.compile_step
+    ready, end_epoch = [], grpo_mnist.end_epoch
 
-    def compile_and_watch(*arguments):
-        compiled = compile_step(*arguments)
+    def watch(*arguments):
+        ready.append([metrics["loss"].is_ready() for metrics in arguments[-1]])
+        return end_epoch(*arguments)
 
-        def step(*arguments):
-            pending.append(sum(not metrics["loss"].is_ready() for _, metrics in results[-20:]))
-            results.append(compiled(*arguments))
-            return results[-1]
-
-        return step
-
-    monkeypatch.setattr(grpo_mnist, "compile_step", compile_and_watch)
+    monkeypatch.setattr(grpo_mnist, "end_epoch", watch)
     if dataset.name == "mnist":
         monkeypatch.setenv("TFDS_DATA_DIR", str(request.getfixturevalue("mnist_dir")))
     history = train(parse_flags(["--output-dir=run"]))
@@ -54,7 +46,9 @@ def test_the_documented_command_reaches_what_it_promises(dataset, request, monke
     for name, (low, high) in PROMISED[dataset.name].items():
         assert low < summary[name] < high
     assert summary["training_state_bytes"] == 4 * 4 * 118_282
-    assert len(history) == 10
+    assert [len(steps) for steps in ready] == [len(dataset.train_labels) // 1024] * 10
+    # The loop is ahead of the device, but by no more steps than fit into the memory.
+    assert 1 <= max(steps.count(False) for steps in ready) <= 3
     for metrics in history:
         assert metrics["kl"] is None
         assert 0 < metrics["clip_ratio_low"] < 0.2
@@ -63,19 +57,13 @@ def test_the_documented_command_reaches_what_it_promises(dataset, request, monke
     assert history[-1]["learning_rate"] < 0.0001
     facts = {"versions", "device", "cores", "xla_flags", "program_sha256"}
     assert set(Config.__dataclass_fields__) | facts == set(read_json("run/config.json"))
-    # The loop is ahead of the device, but by no more steps than fit into the memory.
-    assert len(pending) == 10 * (len(dataset.train_labels) // 1024)
-    assert 1 <= max(pending) <= 3
 
 
 def test_shuffled_labels_teach_nothing(dataset):
     """With rewards that have nothing to do with the images, the accuracy stays at chance."""
     labels = np.random.default_rng(0).permutation(dataset.train_labels)
-    nonsense, config, began = dataset._replace(train_labels=labels), Config(), time.perf_counter()
-    state, step = common.state_and_step(nonsense, config)
-    batches = grpo_mnist.batches(config, nonsense, epoch=1)
-    state, step_metrics = common.run_epoch(step, state, batches)
-    metrics = grpo_mnist.end_epoch(config, nonsense, state, 1, began, step_metrics)
+    nonsense = dataset._replace(train_labels=labels)
+    (metrics,) = train_in_memory(nonsense, Config(num_epochs=1, lr_schedule="constant"))
     assert 0.08 < metrics["accuracy"] < 0.125
     assert metrics["test_accuracy"] < 0.25  # an answer to all, right by luck at most so often
 
@@ -92,38 +80,29 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory with runs of this process, 7 and 9, of these seeds, and together, of 7, 8 and 9.
+    """A directory with runs of this process, of seed 7, of 9, and of 7, 8 and 9 together.
 
-    Meanwhile, another process with seed 7 fills a compilation cache, and one reads from it.
+    Another process with seed 7 runs meanwhile; it finds the step in the tests' compilation cache.
     """
     directory = tmp_path_factory.mktemp("runs")
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(directory / "cache")  # as in the README
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    for other, here in (("filling", "7 9"), ("reading", "together")):
-        flags = (*FLAGS, "--seed=7", f"--output-dir={directory / other}")
-        with start_program(*flags, env=environment) as process:
-            for name in here.split():
-                seeds = ("--seed=7", "--num-seeds=3") if name == "together" else (f"--seed={name}",)
-                with (directory / f"{name}.txt").open("w") as output, redirect_stdout(output):
-                    assert main([*FLAGS, *seeds, f"--output-dir={directory / name}"]) == 0
-            assert process.communicate(timeout=120)[1] == ""
-        cached = [file for file in tree(directory / "cache") if not file.endswith("-atime")]
-        (directory / f"{other}.txt").write_text("\n".join(cached))
+
+    def run(name, *flags):
+        with (directory / f"{name}.txt").open("w") as output, redirect_stdout(output):
+            assert main([*FLAGS, *flags, f"--output-dir={directory / name}"]) == 0
+
+    run("7", "--seed=7")
+    with start_program(*FLAGS, "--seed=7", f"--output-dir={directory / 'other'}") as process:
+        run("9", "--seed=9")
+        run("together", "--seed=7", "--num-seeds=3")
+        assert process.communicate(timeout=120)[1] == ""
     return directory
 
 
-def params_sha256(run):
-    return read_json(run / "summary.json")["params_sha256"]
-
-
 def test_the_same_seed_gives_the_same_parameters(runs):
-    """In this process and in others, to the last bit; also with a step from a compilation cache."""
-    for other in ("filling", "reading"):
-        assert params_sha256(runs / "7") == params_sha256(runs / other)
-        assert metrics_without_times(runs / "7") == metrics_without_times(runs / other)
-    filled, read = ((runs / f"{name}.txt").read_text() for name in ("filling", "reading"))
-    assert filled == read != ""
+    """In this process and in another, to the last bit; also with a step from the cache."""
+    one, other = (read_json(runs / name / "summary.json") for name in ("7", "other"))
+    assert one["params_sha256"] == other["params_sha256"]
+    assert metrics_without_times(runs / "7") == metrics_without_times(runs / "other")
 
 
 def test_the_files_of_a_run_hold_what_it_came_to(runs, digits):
@@ -134,10 +113,8 @@ def test_the_files_of_a_run_hold_what_it_came_to(runs, digits):
     # Float32: weights, gradients and Adam's two moments, and the reference's weights.
     assert summary["training_state_bytes"] == 4 * (4 * 118_282 + 118_282)
     actor = load_actor(run)
-    layers = (actor.hidden_1, actor.hidden_2, actor.output)
-    arrays = [np.asarray(x) for layer in layers for x in (layer.bias, layer.kernel)]
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    assert summary["params_sha256"] == digest
+    content = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(actor))
+    assert summary["params_sha256"] == hashlib.sha256(content).hexdigest()
     probabilities = np.asarray(actor(digits.test_images / np.float32(255)).probs_parameter())
     several = jax.tree.map(lambda x: x[None], actor)
     answers, confidences = (x[0] for x in predict(several, digits.test_images))
@@ -147,8 +124,7 @@ def test_the_files_of_a_run_hold_what_it_came_to(runs, digits):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     # The reference became the actor of epoch 2, and stayed that.
-    paths = [run / "checkpoints" / f"epoch-{epoch}.npz" for epoch in (2, 3)]
-    second, third = (np.load(io.BytesIO(path.read_bytes()[:-32])) for path in paths)
+    second, third = (np.load(run / "checkpoints" / f"epoch-{epoch}.npz") for epoch in (2, 3))
     for name in (name for name in third if name.startswith("reference.")):
         trained = name.replace("reference.", "networks.actor.")
         np.testing.assert_array_equal(second[name], second[trained])
@@ -160,14 +136,17 @@ def test_several_seeds_are_the_same_runs_as_each_alone(runs, digits):
     """In one compiled program and in runs of their own; on CPUs, the same parameters."""
     run, output = runs / "together", (runs / "together.txt").read_text()
     history, summary = read_history(run), read_json(run / "summary.json")
+    by_seed = summary["by_seed"]
     assert "1 steps of 18000 images; 17925 images left over" in output
     assert f"params_sha256: {summary['params_sha256']}\n" in output
-    by_seed = summary["by_seed"]
     for seed in (7, 9):
-        alone = runs / str(seed)
+        alone = read_json(runs / str(seed) / "summary.json")
+        assert {"interval_95", "by_seed"}.isdisjoint(alone)
+        # What training keeps is counted for one seed, and is the same however many there are.
+        assert summary["training_state_bytes"] == alone["training_state_bytes"]
         if jax.default_backend() == "cpu":
-            assert by_seed["params_sha256"][seed - 7] == params_sha256(alone)
-        for one, all_three in zip(read_history(alone), history, strict=True):
+            assert by_seed["params_sha256"][seed - 7] == alone["params_sha256"]
+        for one, all_three in zip(read_history(runs / str(seed)), history, strict=True):
             for name, values in all_three["by_seed"].items():
                 assert values[seed - 7] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
     for epoch, line in zip(history, re.findall(r"Epoch \d.*", output), strict=True):
@@ -178,10 +157,6 @@ def test_several_seeds_are_the_same_runs_as_each_alone(runs, digits):
         assert f"Accuracy: {100 * values.mean():.2f}% +- {100 * margin:.2f}%," in line
     assert by_seed["accuracy"] == values.tolist()
     assert summary["interval_95"] == history[-1]["interval_95"]
-    # What training keeps is counted for one seed, and is the same however many there are.
-    alone = read_json(runs / "7" / "summary.json")
-    assert summary["training_state_bytes"] == alone["training_state_bytes"]
-    assert {"interval_95", "by_seed"} & set(alone) == set()
     # The actor of each seed can be loaded; the first one's, if none is named.
     for seed, accuracy in zip((None, 8, 9), by_seed["test_accuracy"], strict=True):
         answers = load_actor(run, seed)(digits.test_images / np.float32(255)).mode()
@@ -199,9 +174,6 @@ def test_an_actor_is_not_loaded_from_where_there_is_none(runs, tmp_path):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UsageError, match=f"{tmp_path} {reason}"):
             load_actor(tmp_path)
-
-
-# --- Other numbers ---
 
 
 def test_a_baseline_and_a_reward_of_ones_own_are_one_entry_each(tmp_path, monkeypatch, capfd):
