@@ -19,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import jax
 import numpy as np
@@ -28,9 +27,8 @@ from common import ROOT, grpo_mnist, state_and_step, write_results
 
 PROGRAM = str(ROOT / "grpo_mnist.py")
 LAYOUTS = ((2, 1), (8, 1), (2, 2), (4, 4))  # devices in all, processes
-VICTIMS = ((2, 1), (2, 0), (4, 3), (4, 0))  # processes, the one that is killed
 STEPS = {1: 1, 4: None}  # how many steps are recorded, by rounds per batch; None: an epoch
-FLAGS = ("--dataset=digits", "--num-epochs=3", "--output-dir=run")
+RUN = [PROGRAM, "--dataset=digits", "--num-epochs=3", "--output-dir=run"]
 
 
 def record(flags, num_steps, directory):
@@ -51,21 +49,20 @@ def record(flags, num_steps, directory):
     steps = []
     for batch in itertools.islice(grpo_mnist.batches(config, dataset, epoch=1), num_steps):
         shares = [jax.make_array_from_callback(x.shape, by_image, x.__getitem__) for x in batch]
-        steps.append(sample((state, *shares)))
+        answers = sample((state, *shares))
         state, metrics = step(state, *batch)
-        steps[-1]["accuracy"] = metrics["accuracy"]
+        steps.append(answers | {"accuracy": metrics["accuracy"]})
         if len(steps) == 1:
             leaves = map(np.asarray, jax.tree.leaves(state.networks))
             parameters = np.concatenate([x.reshape(config.num_seeds, -1) for x in leaves], axis=1)
     seen = jax.tree.map(lambda *values: np.stack(values, axis=1), *steps)
     if jax.process_index() == 0:
-        np.savez(Path(directory) / f"{config.num_iterations}.npz", parameters=parameters, **seen)
+        np.savez(f"{directory}/{config.num_iterations}.npz", parameters=parameters, **seen)
 
 
 def environment(devices_each=1):
     flag = f"--xla_force_host_platform_device_count={devices_each}"
-    without_proxies = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    return without_proxies | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "no_proxy": "127.0.0.1"}
 
 
 def start_processes(commands, directory=None, devices_each=1):
@@ -85,24 +82,27 @@ def start_processes(commands, directory=None, devices_each=1):
 def finish(processes, timeout=150):
     """Waits for them all, and for none longer than that: output, errors and status of each."""
     try:
-        spoken = [process.communicate(timeout=timeout) for process in processes]
+        return [(*each.communicate(timeout=timeout), each.returncode) for each in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(*each, process.returncode) for each, process in zip(spoken, processes, strict=True)]
 
 
-def record_layout(layout, data_dir):
+def run(command, directory, num_processes, devices_each=1):
+    """The output of the first process of a run, which all processes must finish."""
+    processes = start_processes([command] * num_processes, directory, devices_each)
+    outputs, errors, statuses = zip(*finish(processes, timeout=600), strict=True)
+    if any(statuses):
+        raise RuntimeError("".join(errors))
+    return outputs[0]
+
+
+def record_layout(num_devices, num_processes, data_dir):
     """What record has written of runs on so many devices, in so many processes, by rounds."""
-    num_devices, num_processes = layout
     with tempfile.TemporaryDirectory() as directory:
-        command = [__file__, f"--data-dir={data_dir}", f"--record={directory}"]
-        each = num_devices // num_processes
-        processes = start_processes([command] * num_processes, devices_each=each)
-        for _, errors, status in finish(processes, timeout=600):
-            if status:
-                raise RuntimeError(errors)
-        return {rounds: dict(np.load(Path(directory) / f"{rounds}.npz")) for rounds in STEPS}
+        command = [os.path.abspath(__file__), f"--data-dir={data_dir}", "--record=."]
+        run(command, directory, num_processes, num_devices // num_processes)
+        return {rounds: dict(np.load(f"{directory}/{rounds}.npz")) for rounds in STEPS}
 
 
 def compare(layout, one, other):
@@ -110,79 +110,70 @@ def compare(layout, one, other):
     first_step = {}
     for name in ("actions", "rewards"):
         pairs = [(one[rounds][name][:, 0], other[rounds][name][:, 0]) for rounds in one]
-        first_step[f"{name}_equal"] = all(bool((here == there).all()) for here, there in pairs)
+        first_step[f"{name}_equal"] = all(np.array_equal(*pair) for pair in pairs)
     for rounds in one:
         off = np.abs(one[rounds]["parameters"] - other[rounds]["parameters"]).max(axis=1)
         name = f"parameters_after_{rounds}_round{'s' if rounds > 1 else ''}"
         first_step[name] = {"largest_by_seed": off.tolist()}
-    flipped = (one[rounds]["actions"] != other[rounds]["actions"]).mean(axis=(2, 3))
-    steps = [np.flatnonzero(of_seed) + 1 for of_seed in flipped]
     accuracy = other[rounds]["accuracy"] - one[rounds]["accuracy"]  # (seeds, steps)
-    row = {
-        "devices": layout[0],
-        "processes": layout[1],
-        "first_step": first_step,
-        "epoch": {
-            "difference_by_seed": accuracy.mean(axis=1).tolist(),
-            "first_step_with_a_flip_by_seed": [next(iter(x.tolist()), None) for x in steps],
-            "share_of_answers_flipped_by_seed": flipped.mean(axis=1).tolist(),
-        },
+    flipped = (one[rounds]["actions"] != other[rounds]["actions"]).mean(axis=(2, 3))
+    steps = [(np.flatnonzero(of_seed) + 1).tolist() for of_seed in flipped]
+    epoch = {
+        "difference_by_seed": accuracy.mean(axis=1).tolist(),
+        "first_step_with_a_flip_by_seed": [next(iter(of_seed), None) for of_seed in steps],
+        "share_of_answers_flipped_by_seed": flipped.mean(axis=1).tolist(),
     }
-    print(row, flush=True)
-    return row
+    row = {"devices": layout[0], "processes": layout[1]}
+    return row | {"first_step": first_step, "epoch": epoch}
 
 
 def params_sha256(output):
     return re.search(r"^params_sha256: (\w+)$", output, re.MULTILINE)[1]
 
 
-@cache
-def undisturbed_sha256(num_processes):
-    """What a run of so many processes comes to if nothing happens to it."""
-    with tempfile.TemporaryDirectory() as directory:
-        first, *_ = finish(start_processes([[PROGRAM, *FLAGS]] * num_processes, directory))
-    return params_sha256(first[0])
-
-
-def kill(num_processes, victim, repeats=3):
+def kill(num_processes, victim, expected):
     """A row of the table of deaths: seconds until the last other process has ended, and how."""
-    expected = undisturbed_sha256(num_processes)
-    row = {"processes": num_processes, "killed": victim, "seconds": []}
-    row |= dict.fromkeys(("others", "others_with_own_line", "resumed", "same_result"), 0)
-    for _ in range(repeats):
+    seconds, others, results = [], [], []
+    for _ in range(3):
         with tempfile.TemporaryDirectory() as directory:
-            processes = start_processes([[PROGRAM, *FLAGS]] * num_processes, directory)
+            processes = start_processes([RUN] * num_processes, directory)
             next(line for line in processes[0].stdout if line.startswith("Epoch 1/"))
             time.sleep(0.5)
             processes[victim].kill()
             began = time.perf_counter()
             ended = finish(processes)
-            row["seconds"].append(time.perf_counter() - began)
-            again = start_processes([[PROGRAM, "--resume=run"]] * num_processes, directory)
-            resumed, *_ = finish(again)
-        del ended[victim]
-        row["others"] += len(ended)
-        row["others_with_own_line"] += sum("grpo_mnist.py: " in errors for _, errors, _ in ended)
-        row["resumed"] += 1
-        row["same_result"] += params_sha256(resumed[0]) == expected
-    print(row, flush=True)
-    return row
+            seconds.append(time.perf_counter() - began)
+            others += ended[:victim] + ended[victim + 1 :]
+            results.append(params_sha256(run([PROGRAM, "--resume=run"], directory, num_processes)))
+    own_lines = ["grpo_mnist.py: " in errors for _, errors, _ in others]
+    return {
+        "processes": num_processes,
+        "killed": victim,
+        "seconds": seconds,
+        "others": len(others),
+        "others_with_own_line": sum(own_lines),
+        "resumed": len(results),
+        "same_result": results.count(expected),
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--data-dir", type=os.path.abspath, required=True)
+    parser.add_argument("--record", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
-    data_dir = options.data_dir.resolve()
     if options.record:
-        flags += ["--dataset=mnist", f"--data-dir={data_dir}", "--num-seeds=5"]
+        flags += ["--dataset=mnist", f"--data-dir={options.data_dir}", "--num-seeds=5"]
         for rounds, num_steps in STEPS.items():
             record([*flags, f"--num-iterations={rounds}"], num_steps, options.record)
         return
-    alone = record_layout((1, 1), data_dir)
-    same = [compare(layout, alone, record_layout(layout, data_dir)) for layout in LAYOUTS]
-    killed = [kill(*victim) for victim in VICTIMS]
+    alone = record_layout(1, 1, options.data_dir)
+    same = [compare(x, alone, record_layout(*x, options.data_dir)) for x in LAYOUTS]
+    killed = []
+    for num_processes in (2, 4):
+        with tempfile.TemporaryDirectory() as directory:
+            expected = params_sha256(run(RUN, directory, num_processes))
+        killed += [kill(num_processes, victim, expected) for victim in (num_processes - 1, 0)]
     write_results("devices", {"same": same, "killed": killed})
 
 

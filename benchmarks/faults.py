@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import numpy as np
 from common import ROOT, results_to_continue, write_results
 
 import grpo_mnist
+from grpo_mnist import report_epoch
 
 # Short, and with everything in it that a checkpoint can hold.
 FLAGS = (
@@ -42,16 +44,8 @@ class Laboratory:
     """A directory for runs of a program, and the run among them to which nothing happens."""
 
     def __init__(self, directory, flags=FLAGS, in_process=False):
-        self.directory = Path(directory)
-        self.flags = flags
-        self.program = grpo_mnist
+        self.directory, self.flags, self.program = Path(directory), flags, grpo_mnist
         self.run = self.run_here if in_process else self.run_process
-        self.environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
-            "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # With a limit, it has a lock.
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        } | os.environ
-        self.report_epoch = grpo_mnist.report_epoch
         self.finished = self.new_place()
 
         def copy(epoch):
@@ -71,12 +65,12 @@ class Laboratory:
     def run_here(self, place, *flags, after_epoch=lambda epoch: None):
         """Runs the program in this process: its status, standard output and standard error."""
 
-        def report_epoch(config, history, run_dir):
-            self.report_epoch(config, history, run_dir)
+        def report_and_call(config, history, run_dir):
+            report_epoch(config, history, run_dir)
             after_epoch(len(history))
 
         output, errors = io.StringIO(), io.StringIO()
-        patch = mock.patch.object(self.program, "report_epoch", report_epoch)
+        patch = mock.patch.object(self.program, "report_epoch", report_and_call)
         with patch, chdir(place), redirect_stdout(output), redirect_stderr(errors):
             status = self.program.main(flags)
         return status, output.getvalue(), errors.getvalue()
@@ -85,7 +79,7 @@ class Laboratory:
         """The same in a process, which gets a signal after wait, which returns what it has read."""
         command = [sys.executable, *script, self.program.__file__, *flags]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=place, env=self.environment, **pipes) as process:
+        with subprocess.Popen(command, cwd=place, **pipes) as process:
             output = wait(process) or ""
             process.send_signal(number)  # Number 0 is none.
             rest, errors = process.communicate(timeout=timeout)
@@ -123,7 +117,6 @@ class Laboratory:
         place = self.new_place()
         script = (ROOT / "benchmarks" / "fragile_disk.py", str(operation), loss)
         status, output, errors = self.run_process(place, *self.flags, script=script)
-        shutil.rmtree(f"{place}.kept")
         if status == 0:
             return True
         if status != -SIGKILL:
@@ -131,26 +124,33 @@ class Laboratory:
         self.resume(place, already=output.count("\nEpoch "))
 
     def tampered(self, tamper, *words, epoch=2, status=0):
-        """After an epoch, something happens to the newest checkpoint."""
+        """After an epoch, the newest checkpoint; if the run is refused, it is put back."""
         place = self.new_place(epoch)
-        tamper(place / f"run/checkpoints/epoch-{epoch}.npz")
+        newest = place / f"run/checkpoints/epoch-{epoch}.npz"
+        whole, names = newest.read_bytes(), os.listdir(newest.parent)
+        tamper(newest)
         if status == 0:
-            self.resume(place, *words)
-        else:
-            check_refusal(self.run(place, *RESUME), status, *words)
+            return self.resume(place, *words)
+        check_refusal(self.run(place, *RESUME), status, *words)
+        assert os.listdir(newest.parent) == names
+        newest.write_bytes(whole)
+        self.resume(place, already=epoch)
+
+    def not_a_number(self):
+        """The second epoch begins with NaN among the parameters; nothing is written."""
+        bias, words = "networks.actor.output.bias.value", ("epoch 2, seed 0: not finite: ", "loss")
+        spoil = partial(forge, change=lambda _, arrays: arrays[bias].fill(np.nan))
+        self.tampered(spoil, *words, "actor.hidden_1.kernel.value", epoch=1, status=1)
 
     def full_disk(self):
         """After the first epoch, the system refuses a larger checkpoint."""
-        import resource  # which Windows does not have
-
         place = self.new_place(epoch=1)
         size = (place / "run/checkpoints/epoch-1.npz").stat().st_size + 1000
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            result = self.run_here(place, *RESUME)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        def limit(process):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+
+        result = self.run_process(place, *RESUME, wait=limit)
         check_refusal(result, 1, "run/checkpoints/epoch-2.npz: File too large; mend that, and")
         self.resume(place, already=1)
 
@@ -169,18 +169,6 @@ class Laboratory:
         check_refusal(result, 1, f"cannot write run/checkpoints/epoch-2.npz: {reason}; ")
         run.unlink(missing_ok=not leave_a_file)
         elsewhere.rename(run)
-        self.resume(place, already=1)
-
-    def not_a_number(self):
-        """The second epoch begins with NaN among the parameters; nothing is written."""
-        place = self.new_place(epoch=1)
-        checkpoint = place / "run/checkpoints/epoch-1.npz"
-        whole = checkpoint.read_bytes()
-        forge(checkpoint, lambda _, x: x["networks.actor.output.bias.value"].fill(np.nan))
-        words = ("epoch 2, seed 0: not finite: ", "actor.hidden_1.kernel.value", "loss")
-        check_refusal(self.run(place, *RESUME), 1, *words)
-        assert list(checkpoint.parent.iterdir()) == [checkpoint]
-        checkpoint.write_bytes(whole)
         self.resume(place, already=1)
 
     def second_run(self):
@@ -204,29 +192,26 @@ def check_refusal(result, status, *words):
 
 def read_until(process, beginning):
     """Reads what a process prints up to a line that begins so."""
-    output = ""
-    for line in process.stdout:
+    output = line = ""
+    while not line.startswith(beginning):
+        line = process.stdout.readline()
+        assert line, f"ended before {beginning}: {process.stderr.read()}"
         output += line
-        if line.startswith(beginning):
-            return output
-    raise AssertionError(f"ended before {beginning}: {process.stderr.read()}")
+    return output
 
 
-def metrics_without_times(run):
-    """The lines of metrics.jsonl, of which two runs that are the same must have the same."""
-    times = {"seconds": None, "images_per_second": None}
-    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) | times for line in lines]
+def metrics_without_times(run, file="metrics.jsonl"):
+    """The text of a file, but for what may differ in two runs that are the same."""
+    may_differ = r'"(program_sha256|resume|seconds|images_per_second)": [^,}\n]+'
+    return re.sub(may_differ, "", (Path(run) / file).read_text())
 
 
 def outcome(place):
     """What two runs that are the same must agree in."""
-    run = place / "run"
-    may_differ = {"program_sha256": None, "resume": None, "seconds": None}
-    config, summary = (json.loads((run / f"{x}.json").read_text()) for x in ("config", "summary"))
-    picture = (run / "curves.png").read_bytes()
-    files = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
-    return config | may_differ, summary | may_differ, metrics_without_times(run), picture, files
+    run, files = place / "run", ("config.json", "metrics.jsonl", "summary.json")
+    texts = [metrics_without_times(run, file) for file in files]
+    names = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    return texts, (run / "curves.png").read_bytes(), names
 
 
 def flip(path, bit):
@@ -251,52 +236,46 @@ def everything(lab):
         began = time.perf_counter()
         lab.resume(lab.new_place())
     seconds = time.perf_counter() - began
-    size = (lab.new_place(epoch=2) / "run/checkpoints/epoch-2.npz").stat().st_size
     moments = random.Random(1)
 
-    def stops(number, times):
-        pauses = [moments.uniform(0, seconds) for _ in range(times)]
-        return [partial(lab.stopped, number, lambda _, x=x: time.sleep(x)) for x in pauses]
-
-    def crashes(loss):
-        return [partial(lab.crashed, operation, loss) for operation in range(1, 60)]
-
-    def tampers(functions, said, **options):
-        return [partial(lab.tampered, function, said, **options) for function in functions]
+    def pause(_):
+        time.sleep(moments.uniform(0, seconds))
 
     same = "resumed, the same result"
-    yield "SIGKILL at a random moment", same, stops(SIGKILL, 50)
-    fault = "SIGKILL at the n-th write, fsync, rename or unlink, every n"
-    yield fault, same, crashes("nothing")
-    yield "power cut there: contents not synced are lost", same, crashes("contents")
-    yield "power cut there: names not synced are lost too", same, crashes("all")
+    yield "SIGKILL at a random moment", same, [partial(lab.stopped, SIGKILL, pause)] * 50
+    for number in (SIGINT, SIGTERM):
+        fault, promise = f"{number.name} at a random moment", f"ends at once, status {128 + number}"
+        yield fault, f"{promise}; {same}", [partial(lab.stopped, number, pause)] * 10
+    for loss, fault in (
+        ("nothing", "SIGKILL at the n-th write, fsync, rename or unlink, every n"),
+        ("contents", "power cut there: contents not synced are lost"),
+        ("all", "power cut there: names not synced are lost too"),
+    ):
+        yield fault, same, [partial(lab.crashed, n, loss) for n in range(1, 60)]
     resumed = [partial(lab.tampered, os.stat, f"Resumed: {n} of", epoch=n) for n in (1, 2, 3)]
     yield "resumed after each epoch", same, resumed
-    before = f"a notice; from the one before, {same}"
-    said = "epoch-2.npz does not match its SHA-256"
-    lengths = [*(size * i // 16 for i in range(1, 16)), size - 1]
-    cut = [partial(os.truncate, length=length) for length in [0, *lengths]]
+    size = (lab.directory / "epoch-2/run/checkpoints/epoch-2.npz").stat().st_size
+    lengths = np.linspace(0, size - 1, 17, dtype=int).tolist()
+    empty, *cuts = [partial(os.truncate, length=length) for length in lengths]
     flips = [partial(flip, bit=bit) for bit in random.Random(0).sample(range(8 * size), 200)]
-    yield "newest checkpoint cut short", before, tampers(cut[1:], said)
-    yield "newest checkpoint emptied", before, tampers(cut[:1], said)
-    yield "newest checkpoint deleted", before, tampers([os.unlink], "Resumed: 1 of 3")
-    yield "one bit of the newest checkpoint flipped", before, tampers(flips, said)
-    both = [lambda path, x=x: [*map(x, path.parent.iterdir())] for x in (cut[1], flips[0])]
-    said = "run/checkpoints: no whole checkpoint"
-    yield "both checkpoints damaged", "one line, status 1", tampers(both, said, status=1)
+    both = [lambda path, x=x: [*map(x, path.parent.iterdir())] for x in (cuts[0], flips[0])]
+    new = partial(forge, change=lambda header, _: header.update(format=3))
+    old = partial(forge, change=lambda header, _: header["facts"]["versions"].update(jax="0.4.1"))
+    before, damaged = f"a notice; from the one before, {same}", "epoch-2.npz does not match its SHA"
+    for fault, promise, tampers, said, status in (
+        ("newest checkpoint cut short", before, cuts, damaged, 0),
+        ("newest checkpoint emptied", before, [empty], damaged, 0),
+        ("newest checkpoint deleted", before, [os.unlink], "Resumed: 1 of 3", 0),
+        ("one bit of the newest checkpoint flipped", before, flips, damaged, 0),
+        ("both checkpoints damaged", "one line, status 1", both, "no whole checkpoint", 1),
+        ("checkpoint of a newer format", "one line with both, status 2", [new], "3, not 2", 2),
+        ("checkpoint of another library version", "a notice with both", [old], "was 0.4.1, is", 0),
+    ):
+        yield fault, promise, [partial(lab.tampered, x, said, status=status) for x in tampers]
     stop = f"one line, status 1; {same}"
     yield "disk full", stop, [lab.full_disk]
     yield "output directory moved away", stop, [partial(lab.moved_away, leave_a_file=False)]
     yield "a file in its place", stop, [partial(lab.moved_away, leave_a_file=True)]
-    for number in (SIGINT, SIGTERM):
-        promise = f"ends at once, status {128 + number}; {same}"
-        yield f"{number.name} at a random moment", promise, stops(number, 10)
-    newer = [partial(forge, change=lambda header, _: header.update(format=3))]
-    promise = "one line with both, status 2"
-    yield "checkpoint of a newer format", promise, tampers(newer, "format 3, not 2", status=2)
-    older = [partial(forge, change=lambda x, _: x["facts"]["versions"].update(jax="0.4.1"))]
-    promise = "a notice with both"
-    yield "checkpoint of another library version", promise, tampers(older, "jax was 0.4.1, is ")
     yield "NaN in the parameters", stop, [lab.not_a_number]
     promise = "one line, status 2; the first is not disturbed"
     yield "a second run in the directory", promise, [lab.second_run]
@@ -305,9 +284,11 @@ def everything(lab):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--anew", action="store_true", help="try again what was tried before")
-    parser.add_argument("--data-dir", help="not used; the digits come with scikit-learn")
     rows = results_to_continue("faults", parser.parse_args().anew).get("rows", [])
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{directory}/compiled"
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # With a limit, it has a lock.
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         for fault, promise, attempts in everything(Laboratory(directory)):
             if fault not in [row["fault"] for row in rows]:
                 futures = [pool.submit(attempt) for attempt in attempts]

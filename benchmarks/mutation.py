@@ -11,8 +11,8 @@ and goes on where it was stopped. What it says there of survivors ("why") is wri
 """
 
 import argparse
-import ast
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -30,53 +30,31 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 PROGRAM = "grpo_mnist.py"
-SIZES = {"algorithm": 130, "checkpoints and data": 110}  # mutants
-STARTS = {"Policy": "algorithm", "Config": None, "Data": "checkpoints and data", "Reports": None}
+PARTS = {  # the headings of the program before and after it, mutants
+    "algorithm": ("# --- Policy", "# --- Config", 130),
+    "checkpoints and data": ("# --- Data", "# --- Reports", 110),
+}
 LIMIT = 900  # seconds
 # Operators that hardly do more than raise a TypeError, or that fail at dotted exceptions.
 USELESS = ("Bit", "Shift", "Is", "Pow", "Decorator", "Exception")
 NOT_COUNTED = "safeguard or snippets or messages or promises or links or report or clean"
 
 
-def parts_by_line(source):
-    """To which of SIZES a line belongs, or None, by the headings of the file."""
-    part, parts = None, {}
-    for number, line in enumerate(source.splitlines(), start=1):
-        if line.startswith("# --- "):
-            part = STARTS.get(line.split()[2].rstrip(":"), part)
-        parts[number] = part
-    return parts
-
-
-def annotations(source):
-    """The places, as (line, column), of annotations, which no run looks at."""
-    for node in ast.walk(ast.parse(source)):
-        for name in ("annotation", "returns"):
-            if annotation := getattr(node, name, None):
-                columns = range(annotation.col_offset, annotation.end_col_offset)
-                yield from ((annotation.lineno, column) for column in columns)
-
-
 def sample(source):
     """Yields the mutants of a fixed seed: where they are and what they change, and their source."""
-    tree, parts, skipped = get_ast(source), parts_by_line(source), set(annotations(source))
-    by_place = {}
-    for name in operator_names():
-        operator = get_operator(name)
-        if operator.arguments() or any(word in name for word in USELESS):
+    tree, by_place, chance = get_ast(source), {}, random.Random(0)
+    for operator in map(get_operator, operator_names()):
+        if operator.arguments() or any(word in operator.__name__ for word in USELESS):
             continue
-        nodes = ast_nodes(tree)
-        places = (start for node in nodes for start, _ in operator().mutation_positions(node))
-        for occurrence, place in enumerate(places):
-            if parts[place[0]] and place not in skipped:
-                by_place.setdefault(place, []).append((name, occurrence))
-    chance = random.Random(0)
-    for part, size in SIZES.items():
-        places = sorted(place for place in by_place if parts[place[0]] == part)
+        positions = (operator().mutation_positions(node) for node in ast_nodes(tree))
+        for occurrence, (place, _) in enumerate(itertools.chain.from_iterable(positions)):
+            by_place.setdefault(place, []).append((operator(), occurrence))
+    for part, (*headings, size) in PARTS.items():
+        first, last = (source[: source.index(heading)].count("\n") for heading in headings)
+        places = sorted(place for place in by_place if first < place[0] <= last)
         chance.shuffle(places)
         for line, column in places:
-            name, occurrence = chance.choice(by_place[line, column])
-            mutated = mutate_code(source, get_operator(name)(), occurrence)
+            mutated = mutate_code(source, *chance.choice(by_place[line, column]))
             with contextlib.suppress(SyntaxError):
                 compile(mutated, PROGRAM, "exec")
                 before, after = (text.splitlines()[line - 1].strip() for text in (source, mutated))
@@ -89,21 +67,17 @@ def sample(source):
 
 def try_out(mutated, suite, data_dir):
     """The test that notices a mutant, "time" if it takes too long, or None if it survives."""
+    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no"]
+    command += ["-k", f"not ({NOT_COUNTED})"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as directory:
         project, shared = Path(directory, "project"), Path(directory, "shared", "mnist")
         shutil.copytree(suite, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         shutil.copytree(data_dir / "downloads" / "manual", shared)  # A mutant may spoil it.
         (project / PROGRAM).write_text(mutated)
-        command = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no"]
-        command += ["-k", f"not ({NOT_COUNTED})"]
+        private = os.environ | {"HOME": directory, "TMPDIR": directory}
         process = subprocess.Popen(
-            command,
-            cwd=project,
-            env=os.environ | {"HOME": directory, "TMPDIR": directory},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+            command, cwd=project, env=private, start_new_session=True, **pipes
         )
         try:
             output, _ = process.communicate(timeout=LIMIT)
@@ -112,16 +86,14 @@ def try_out(mutated, suite, data_dir):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode == 0:
-        return None
     noticed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
-    return noticed[1] if noticed else "import"
+    return None if process.returncode == 0 else noticed[1] if noticed else "import"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=lambda path: Path(path).resolve(), required=True)
-    parser.add_argument("--suite", type=Path, default=ROOT)
+    parser.add_argument("--suite", type=lambda path: Path(path).resolve(), default=ROOT)
     parser.add_argument("--name", default="after")
     options = parser.parse_args()
     there = results_to_continue("mutation").get("mutants", ())
@@ -131,7 +103,7 @@ def main():
         for row, mutated in sample((ROOT / PROGRAM).read_text()):
             rows.append(kept.get((row["line"], row["column"]), row))
             if options.name not in rows[-1]["noticed_by"]:
-                job = pool.submit(try_out, mutated, options.suite.resolve(), options.data_dir)
+                job = pool.submit(try_out, mutated, options.suite, options.data_dir)
                 waiting[job] = rows[-1]
         for job in as_completed(waiting):
             waiting[job]["noticed_by"][options.name] = job.result()
