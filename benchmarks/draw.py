@@ -89,7 +89,7 @@ def draw_collapse(figure, panels, t):
     row = rows_of("grown")["REINFORCE"]
     confusion = np.array(row["worst_confusion"])
     shares = 100 * confusion / confusion.sum(axis=1, keepdims=True)
-    axes.imshow(shares, cmap=SHARES, vmin=0, vmax=250)
+    axes.imshow(shares, cmap=SHARES, vmin=0, vmax=400)
     for image, answer in np.argwhere(shares >= 1):
         text = f"{shares[image, answer]:.0f}"
         color = RIGHT if image == answer else WRONG
@@ -139,7 +139,7 @@ def draw_groups(figure, panels, t):
     groups = {"batch": own | True, "group": own, "loo": own & (answers != answer)}
     figure.suptitle(t("rewards: the framed one is compared with the mean of the shaded ones"))
     for axes, (baseline, group) in zip(panels, groups.items(), strict=True):
-        axes.pcolormesh(group, cmap=SHARES, vmin=0, vmax=2.5, edgecolors="0.6")
+        axes.pcolormesh(group, cmap=SHARES, vmin=0, vmax=5, edgecolors="0.6")
         for (i, j), reward in np.ndenumerate(rewards):
             color = RIGHT if reward else WRONG
             axes.text(j + 0.5, i + 0.5, reward, ha="center", va="center", color=color)
@@ -244,7 +244,7 @@ def draw_all(t, suffix, directory):
             draw(figure, panels, t)
         for axes in figure.axes:
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc=picture.get("legend", "best"))
+                axes.legend(**picture.get("legend", {}))
         figure.savefig(directory / f"{name}{suffix}.png")
 
 
