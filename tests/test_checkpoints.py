@@ -4,7 +4,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIGKILL, SIGTERM
 
 import faults
 import jax
@@ -15,16 +15,12 @@ from conftest import edited_program, read_history, read_json, tree
 from grpo_mnist import load_config, newest_checkpoint, train
 
 FLAGS = (  # An epoch has one step.
-    *("--dataset=digits", "--batch-size=18000", "--num-iterations=1", "--num-epochs=3"),
-    *("--num-seeds=2", "--baseline=ema", "--beta=0.01", "--ref-sync-epochs=1"),
-    *("--output-dir=run", "--data-dir=unused"),
+    "--dataset=digits --batch-size=18000 --num-iterations=1 --num-epochs=3 --num-seeds=2 "
+    "--baseline=ema --beta=0.01 --ref-sync-epochs=1 --output-dir=run --data-dir=unused"
 )
-before_an_epoch = partial(faults.read_until, beginning="Output: ")
-after_an_epoch = partial(faults.read_until, beginning="Epoch 1/")
 FAULTS = {
-    "SIGKILL": lambda lab: lab.stopped(SIGKILL, after_an_epoch),
-    "SIGINT": lambda lab: lab.stopped(SIGINT, after_an_epoch),
-    "SIGTERM": lambda lab: lab.stopped(SIGTERM, before_an_epoch),
+    "SIGKILL": lambda lab: lab.stopped(SIGKILL, partial(faults.read_until, beginning="Epoch 1/")),
+    "SIGTERM": lambda lab: lab.stopped(SIGTERM, partial(faults.read_until, beginning="Output: ")),
     # The first epoch's report ends with the 16th operation on the disk.
     "power cut": lambda lab: lab.crashed(17, "all"),
     "resumed after an epoch": lambda lab: lab.tampered(os.stat, "Resumed: 1 of 3", epoch=1),
@@ -39,7 +35,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
-    return faults.Laboratory(tmp_path_factory.mktemp("laboratory"), FLAGS, in_process=True)
+    return faults.Laboratory(tmp_path_factory.mktemp("laboratory"), FLAGS.split(), in_process=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -61,8 +57,7 @@ def test_a_damaged_checkpoint_is_never_used(laboratory):
     place = laboratory.new_place(epoch=2)
     newest = place / "run/checkpoints/epoch-2.npz"
     whole = newest.read_bytes()
-    lengths = (0, 99, len(whole) // 2, len(whole) - 1)
-    damages = [partial(os.truncate, length=length) for length in lengths]
+    damages = [partial(os.truncate, length=x) for x in (0, 99, len(whole) // 2, len(whole) - 1)]
     bits = range(0, 8 * len(whole), len(whole) // 3)
     damages += [partial(faults.flip, bit=bit) for bit in bits]
     for damage in (os.unlink, *damages):

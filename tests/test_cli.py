@@ -19,13 +19,11 @@ from grpo_mnist import Config, UsageError, main, parse_flags
 DIGITS = ("--dataset=digits", "--num-epochs=2", "--batch-size=8192")
 ENDLESS = ("--num-epochs=1000", "--output-dir=run")
 
+COUNTS = "num-epochs batch-size num-generations num-iterations num-minibatches num-seeds"
 OUT_OF_RANGE = {  # what a value must be: flags, and values that are not
-    "1 or more, and below 2**31": (
-        *("num-epochs", "batch-size", "num-generations", "num-iterations", "num-minibatches"),
-        *("num-seeds", "0 -1 2147483648"),
-    ),
-    "above 0, within float32": ("learning-rate", "clip-epsilon-high", "0.0 -0.1 nan inf 1e-50"),
-    "0 or more, within float32": ("beta", "entropy-coef", "-0.1 nan inf 1e+39"),
+    "1 or more, and below 2**31": (COUNTS, "0 -1 2147483648"),
+    "above 0, within float32": ("learning-rate clip-epsilon-high", "0.0 -0.1 nan inf 1e-50"),
+    "0 or more, within float32": ("beta entropy-coef", "-0.1 nan inf 1e+39"),
     "above 0 and below 1": ("clip-epsilon", "0.0 1.0 nan"),
     "0 or more, the last below 2**32": ("seed", "-1 4294967296"),
 }
@@ -63,8 +61,8 @@ WRONG = {  # flags, and what the line on standard error must hold
 WRONG |= {flags: flags.partition("=")[0] for flags in NOT_UNDERSTOOD.split()}
 WRONG |= {
     f"--{name}={value}": f"--{name} {value} must be {rule}"
-    for rule, (*names, values) in OUT_OF_RANGE.items()
-    for name, value in itertools.product(names, values.split())
+    for rule, (names, values) in OUT_OF_RANGE.items()
+    for name, value in itertools.product(names.split(), values.split())
 }
 
 
@@ -103,9 +101,8 @@ ANSWERS_PER_IMAGE = {  # They depend on what is compared.
     "--scale-rewards=group --dynamic-sampling": 8,
     "--baseline=none --scale-rewards=mean": 8,
     "--baseline=group --num-generations=4 --clip-epsilon=0.1": 4,
-    "--loss-type=cispo --clip-epsilon-high=4.0": 1,
     "--loss-type=dg --baseline=group --scale-rewards=mean": 8,
-    "--loss-type=tpo --baseline=critic --scale-rewards=none": 1,
+    "--loss-type=tpo --baseline=critic": 1,
 }
 
 
@@ -127,8 +124,7 @@ def test_help_explains_every_flag(capfd):
         main(["--help"])
     assert stop.value.code == 0
     text = capfd.readouterr().out
-    for name in Config.__dataclass_fields__:
-        assert flag(name) in text
+    assert [name for name in Config.__dataclass_fields__ if flag(name) not in text] == []
 
 
 def test_importing_the_file_does_nothing(tmp_path, capfd):
@@ -184,8 +180,7 @@ def test_a_signal_while_the_data_are_fetched(tmp_path, monkeypatch):
         with start_program("--dataset=mnist", *ENDLESS) as process, server.accept()[0]:
             process.send_signal(signal.SIGINT)  # It has asked for a file, and has no answer.
             output, errors = process.communicate(timeout=20)
-    assert (process.returncode, output) == (130, "")
-    assert errors == "grpo_mnist.py: stopped by SIGINT\n"
+    assert (process.returncode, output, errors) == (130, "", "grpo_mnist.py: stopped by SIGINT\n")
     assert tree(tmp_path) == []
 
 

@@ -33,9 +33,8 @@ def manual(mnist_dir, tmp_path):
 
 
 def test_mnist_is_mnist(mnist, mnist_dir):
-    shapes = [(60_000, 784), (60_000,), (10_000, 784), (10_000,)]
-    assert [array.shape for array in mnist[1:]] == shapes
-    assert [array.dtype for array in mnist[1:]] == [np.uint8, np.int32] * 2
+    assert [x.shape for x in mnist[1:]] == [(60_000, 784), (60_000,), (10_000, 784), (10_000,)]
+    assert [x.dtype for x in mnist[1:]] == [np.uint8, np.int32] * 2
     # As published: counts of the digits 0 to 9, and the first labels.
     counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert np.bincount(mnist.train_labels).tolist() == counts
@@ -47,9 +46,8 @@ def test_mnist_is_mnist(mnist, mnist_dir):
 
 
 def test_digits_in_all_their_shifts(digits):
-    shapes = [(35_925, 784), (35_925,), (360, 784), (360,)]
-    assert [array.shape for array in digits[1:]] == shapes
-    assert [array.dtype for array in digits[1:]] == [np.uint8, np.int32] * 2
+    assert [x.shape for x in digits[1:]] == [(35_925, 784), (35_925,), (360, 784), (360,)]
+    assert [x.dtype for x in digits[1:]] == [np.uint8, np.int32] * 2
     assert digits.train_images.max() == 255
     assert np.bincount(digits.test_labels, minlength=10).min() > 30
     shifts = digits.train_images.reshape(25, 1437, 28, 28)
@@ -110,14 +108,14 @@ def test_files_in_the_folder_of_their_data_set_come_first(manual, mnist):
 FAULTS = {  # what becomes of a file's content
     "truncated": lambda content: content[:-100],
     "a flipped bit": lambda content: bytes([content[0] ^ 1]) + content[1:],
-    "not packed": gzip.decompress,
     "other labels": lambda content: gzip.compress(bytes(10_008)),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_file_is_named_and_not_trained_on(fault, manual):
-    """And nothing else is trained on instead, and nothing is changed."""
+    """Nothing else is, either, as if files were only missing, and nothing is changed."""
+    (manual / TEST_IMAGES).unlink()
     path = manual / TEST_LABELS
     path.write_bytes(FAULTS[fault](path.read_bytes()))
     before = tree(manual)
@@ -142,10 +140,6 @@ def test_a_missing_file_is_named_unless_digits_will_do(manual, digits, capfd):
     assert first.startswith("NOTICE: MNIST cannot be had; training on scikit-learn's small digits ")
     assert "--dataset mnist" in second  # which names the files and their place, see above
     assert max(len(first), len(second)) <= 80
-    # A damaged file is named all the same.
-    (manual / TRAIN_IMAGES).write_bytes(b"")
-    with pytest.raises(RunError, match=f"{TRAIN_IMAGES} is 0 bytes, not the right 9,912,422 "):
-        load_dataset("auto", "data")
 
 
 # --- What comes from a network ---
@@ -250,7 +244,6 @@ def test_mnist_is_downloaded_once_and_kept(mnist, mnist_dir, serve, tls, tmp_pat
     assert asked == MNIST_FILES
     kept = tmp_path / "downloads" / "mnist"
     assert list(kept.parent.iterdir()) == [kept]
-    assert [path.suffix for path in kept.iterdir()] == [".gz"] * 4
     monkeypatch.setattr("conftest.SHARED_MNIST", tmp_path)
     assert sorted(find_mnist(tmp_path).values()) == sorted(kept.iterdir())  # by the tests, too
 
