@@ -62,7 +62,8 @@ def record(flags, num_steps, directory):
 
 def environment(devices_each=1):
     flag = f"--xla_force_host_platform_device_count={devices_each}"
-    return os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "no_proxy": "127.0.0.1"}
+    without_proxies = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    return without_proxies | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
 
 
 def start_processes(commands, directory=None, devices_each=1):

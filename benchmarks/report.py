@@ -18,7 +18,7 @@ from one_update import signed  # noqa: F401, for the templates
 
 HERE = ROOT / "benchmarks"
 TEMPLATES = HERE / "templates"
-PROGRAM = (ROOT / "grpo_mnist.py").read_text(encoding="utf-8")
+PROGRAM = ROOT / "grpo_mnist.py"
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
 
 
@@ -89,7 +89,7 @@ def environment(words):
     templates.globals |= globals() | {
         "results": {path.stem: common.read_results(path.stem) for path in RESULTS.glob("*.json")},
         "rows": {name: common.rows_of(name) for name in studies},
-        "program": common.program_sha256(PROGRAM),
+        "program": common.program_sha256(PROGRAM.read_text(encoding="utf-8")),
         "t": lambda name: words.get(name, name),
     }
     return templates
@@ -99,6 +99,7 @@ def fill(text, templates):
     """A page of the tutorial with its tables and its links to lines of the program renewed."""
     tables = templates.get_template("tables.jinja").module
     figures = templates.globals["rows"]["breaking"]["defaults"]["first_and_last"]
+    program = PROGRAM.read_text(encoding="utf-8")
 
     def fill_metric(row):
         """A metric with its figures in the first and the last epoch, means of the seeds."""
@@ -116,8 +117,8 @@ def fill(text, templates):
         return name + head + getattr(tables, name)()
 
     def renew_link(link):
-        (definition,) = re.finditer(rf"^(def|class) {link[1]}\b", PROGRAM, re.MULTILINE)
-        line = PROGRAM[: definition.end()].count("\n") + 1
+        (definition,) = re.finditer(rf"^(def|class) {link[1]}\b", program, re.MULTILINE)
+        line = program[: definition.end()].count("\n") + 1
         return f"[`{link[1]}`](grpo_mnist.py#L{line})"
 
     return re.sub(r"\[`(\w+)`\]\(grpo_mnist\.py#L\d+\)", renew_link, MARKED.sub(fill_table, text))

@@ -1,20 +1,15 @@
 """How fast the trainer is beside what it can be compared with, and how its time grows.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed.py speed --data-dir DIR [--repeats 5] [--anew]
-    python benchmarks/speed.py growth --data-dir DIR [--repeats 5] [--anew]
+    python benchmarks/speed.py speed|growth --data-dir DIR [--repeats 5] [--anew]
 
 speed: an epoch of the trainer beside one of its bare matrix products, of the same algorithm in
-PyTorch (pytorch_grpo.py), and of the same network without jit. Whole programs, from their start to
-their first line, the end of their first step, the epoch in which 97.34% of the sampled answers are
-right, and the end of training; compiled anew each time, except for "ours, cached".
-
-growth: an epoch while one thing grows, everything else being as by default: the answers per image,
-the batch, the width of the hidden layers (an option of this benchmark alone), or the seeds.
+PyTorch, and of the same network without jit; then whole programs, compiled anew each time, except
+for "ours, cached". growth: an epoch while one thing grows, everything else being as by default.
 
 All that is compared takes turns, round by round, so that whatever else the machine does falls on
-all of it; the first round is not counted. Each contestant is a process of its own that runs an
-epoch when told to. DIR/downloads/manual holds MNIST. Writes results/speed.json or growth.json.
+all of it; each contestant is a process of its own. DIR/downloads/manual holds MNIST. Writes
+results/speed.json or growth.json.
 """
 
 import contextlib
@@ -40,6 +35,7 @@ import optax
 import tyro
 from common import ROOT, grpo_mnist
 from flax import nnx
+from tyro.conf import Positional
 
 TARGET = 97.34  # percent of an epoch's sampled answers
 TRAINING_IMAGES = 60_000
@@ -154,52 +150,46 @@ def start(processes, contestant, data_dir, **settings):
 
 
 def programs(data_dir, directory):
-    """Whole runs and first steps: by kind and name, what time_program takes."""
+    """Whole runs and first steps: by kind and name the command, and what its environment adds."""
     whole, one_step = ROOT / "grpo_mnist.py", directory / "one_step.py"
     step = "step_metrics.append(metrics)"
     end = "; jax.block_until_ready(metrics); print('First step', flush=True); os._exit(0)"
     one_step.write_text(whole.read_text().replace(step, step + end))
     pytorch = [ROOT / "benchmarks" / "pytorch_grpo.py", "--data-dir", data_dir]
-    completed, first = "--- Training completed! ---", "First step"
-    cache = {
+    data = {"TFDS_DATA_DIR": str(data_dir)}
+    cached = data | {
         "JAX_COMPILATION_CACHE_DIR": str(directory / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    fresh = {"TORCHINDUCTOR_CACHE_DIR": "inductor"}  # in a directory that is new for each run
     return {
-        ("whole_run", "ours"): (completed, [whole]),
-        ("whole_run", "ours, cached"): (completed, [whole], cache),
-        ("whole_run", "pytorch"): (completed, pytorch),
-        ("whole_run", "pytorch, indexed"): (completed, [*pytorch, "--indexed"]),
-        ("whole_run", "pytorch, compiled"): (completed, [*pytorch, "--indexed", "--compiled"]),
-        ("first_step", "ours"): (first, [one_step]),
-        ("first_step", "ours, cached"): (first, [one_step], cache),
-        ("first_step", "pytorch"): (first, [*pytorch, "--one-step"]),
+        ("whole_run", "ours"): ([whole], data),
+        ("whole_run", "ours, cached"): ([whole], cached),
+        ("whole_run", "pytorch"): (pytorch, {}),
+        ("whole_run", "pytorch, indexed"): ([*pytorch, "--indexed"], {}),
+        ("whole_run", "pytorch, compiled"): ([*pytorch, "--indexed", "--compiled"], fresh),
+        ("first_step", "ours"): ([one_step], data),
+        ("first_step", "ours, cached"): ([one_step], cached),
+        ("first_step", "pytorch"): ([*pytorch, "--one-step"], {}),
     }
 
 
-def time_program(data_dir, last, command, cache=None):
-    """Seconds from the start to some lines, the last of which begins so, and the peak memory."""
+def time_program(command, environment):
+    """Seconds from the start to some lines, and the peak memory."""
     kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    # The second is in a directory that is new for each run.
-    places = {"TFDS_DATA_DIR": str(data_dir), "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    figures = {}
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=directory,
-            env=kept | places | (cache or {}),
-        )
-        figures = {}
+        command = [sys.executable, *command]
+        process = subprocess.Popen(command, cwd=directory, env=kept | environment, **pipes)
         for line in process.stdout:
             seconds = time.perf_counter() - began
             figures.setdefault("first_line", seconds)
             accuracy = re.search(r"Accuracy: ([\d.]+)%", line)
             if accuracy and float(accuracy[1]) >= TARGET:
                 figures.setdefault("target", seconds)
-            if line.startswith(last):
+            if line.startswith(("--- Training completed! ---", "First step")):
                 figures["seconds"] = seconds
         _, status, usage = os.wait4(process.pid, 0)
     if status or "seconds" not in figures:
@@ -208,31 +198,28 @@ def time_program(data_dir, last, command, cache=None):
 
 
 def measure_speed(data_dir, repeats):
+    turns = {}
     with contextlib.ExitStack() as stack:
-        turns = {
-            (rounds, name): start(stack, name, data_dir, num_iterations=rounds)
-            for rounds in (4, 1)
-            for name in CONTESTANTS
-        }
+        for rounds, name in itertools.product((4, 1), CONTESTANTS):
+            turns[rounds, name] = start(stack, name, data_dir, num_iterations=rounds)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for key, program in programs(data_dir, directory).items():
-            turns[key] = functools.partial(time_program, data_dir, *program)
+            turns[key] = functools.partial(time_program, *program)
         given = common.take_turns(turns, repeats)
 
-    def of_programs(kind, figure):
-        return {key[1]: [turn[figure] for turn in given[key]] for key in given if key[0] == kind}
+    def figures(kind, name):
+        return {key[1]: [x[name] for x in given[key]] for key in given if key[0] == kind}
 
-    rows = []
-    for rounds in (4, 1):
-        seconds = {name: given[rounds, name] for name in CONTESTANTS}
-        rows.append({"num_iterations": rounds, "epoch_seconds": seconds})
+    rows = [{"num_iterations": rounds, "epoch_seconds": {}} for rounds in (4, 1)]
+    for row, name in itertools.product(rows, CONTESTANTS):
+        row["epoch_seconds"][name] = given[row["num_iterations"], name]
     return {
         "pytorch": version("torch"),
         "rows": rows,
-        "whole_run": {x: of_programs("whole_run", x) for x in ("seconds", "megabytes")},
-        "first_step": {"seconds": of_programs("first_step", "seconds")},
-        "target": {"seconds": of_programs("whole_run", "target")},
-        "first_line": {"seconds": of_programs("whole_run", "first_line")},
+        "whole_run": {name: figures("whole_run", name) for name in ("seconds", "megabytes")},
+        "first_step": {"seconds": figures("first_step", "seconds")},
+        "target": {"seconds": figures("whole_run", "target")},
+        "first_line": {"seconds": figures("whole_run", "first_line")},
     }
 
 
@@ -250,18 +237,15 @@ def measure_growth(data_dir, repeats):
     return {"growth": growth}
 
 
-def main(
-    name: tyro.conf.Positional[Literal["speed", "growth"]],
-    data_dir: Path,
-    repeats: int = 5,
-    anew: bool = False,
-):
+MEASUREMENTS = {"speed": measure_speed, "growth": measure_growth}
+
+
+def main(name: Positional[Literal[*MEASUREMENTS]], data_dir: Path, repeats: int = 5, anew=False):
     if common.results_to_continue(name, anew):
         print(f"{name}: measured already, for this program on such a machine; see --anew")
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Many processes share a GPU's memory.
-    measure = {"speed": measure_speed, "growth": measure_growth}[name]
-    results = measure(data_dir.resolve(), repeats)
+    results = MEASUREMENTS[name](data_dir.resolve(), repeats)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     common.write_results(name, {"device": device} | results)
 

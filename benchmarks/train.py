@@ -29,7 +29,9 @@ import optax
 import tyro
 from common import RESULTS, ROOT, grpo_mnist
 from sklearn.metrics import confusion_matrix
+from tyro.conf import Positional
 
+Study = Literal["accuracy", "grown", "breaking", "comparison", "published", "tuning"]
 MANY_ANSWERS = "python grpo_mnist.py --num-generations 64"
 TIMED_EPOCHS = 7
 FIRST_SEEDS, ALL_SEEDS, FINALISTS = 2, 6, 3
@@ -37,11 +39,6 @@ HELD_OUT = 10_000
 MANY, LEAST = "10 epochs", 0.9734  # of the sampled answers right in epoch 5
 PUBLISHED = {"width": 50, "updates": 10_000, "reward_bits": 1_000_000}
 UPDATES_AT_ONCE = 200  # in one call of the compiled function
-
-
-@functools.cache
-def mnist(data_dir):
-    return grpo_mnist.load_dataset("mnist", data_dir)
 
 
 def flags_of(asked, data_dir):
@@ -79,7 +76,7 @@ def train_each_seed(asked, data_dir):
     return figures_of(asked, epochs) | {"seconds": seconds, "output": outputs[0]}
 
 
-def train_all_seeds(study, asked, data_dir):
+def train_all_seeds(study, asked, dataset, data_dir):
     """breaking, comparison: a run with all seeds; how often its actors give each answer."""
     with tempfile.TemporaryDirectory() as run_dir:
         flags = [f"--num-seeds={asked['seeds']}", f"--output-dir={run_dir}"]
@@ -88,7 +85,6 @@ def train_all_seeds(study, asked, data_dir):
         actors = [grpo_mnist.load_actor(run_dir, seed) for seed in config.seeds]
         summary = json.loads(Path(run_dir, "summary.json").read_text())
     figures = figures_of(asked, epochs)
-    dataset = mnist(data_dir)
     if study == "comparison":
         steps = config.num_epochs * (len(dataset.train_images) // config.batch_size)
         figures["reward_bits"] = steps * config.batch_size * config.num_generations
@@ -150,11 +146,8 @@ def teach(settings, dataset):
 def repeat_study(asked, dataset):
     """published: a study of this very task, run again with the trainer's own training step.
 
-    The study is section 3.3 of "Target Policy Optimization" (Kaddour 2026, arXiv 2604.06159), its
-    settings are those of its program (github.com/JeanKaddour/tpo): hidden layers of 50, Adam at a
-    constant 1e-3, batches of 100 images drawn with replacement, one guess per image, one update per
-    batch, 10,000 updates, 20 seeds. That is 1,000,000 guesses called right or wrong. What it calls
-    GRPO standardises the rewards of the batch; its other methods subtract the probability that two
+    The settings are those of its program (github.com/JeanKaddour/tpo). What it calls GRPO
+    standardises the rewards of the batch; its other methods subtract the probability that two
     guesses agree, the sum of pi(a)^2. All seeds of a method train in one program.
     """
     seeds = np.arange(asked["seeds"])
@@ -187,7 +180,7 @@ def repeat_study(asked, dataset):
     return {"published_test_error": published, "test_accuracy": right.mean(axis=1).tolist()}
 
 
-def train_rows(study, table, data_dir, anew):
+def train_rows(study, table, dataset, data_dir, anew):
     """Trains the rows of a study that are not there yet; those of comparison are also timed."""
     results, rows = common.results_to_continue(study, anew), []
     results |= PUBLISHED if study == "published" else {}
@@ -200,35 +193,30 @@ def train_rows(study, table, data_dir, anew):
             continue
         if "settings" in asked:
             settings = asked["settings"] | {"num_seeds": asked["seeds"]}
-            row |= figures_of(asked, teach(settings, mnist(data_dir)))
+            row |= figures_of(asked, teach(settings, dataset))
         elif study == "accuracy":
             row |= train_each_seed(asked, data_dir)
         elif study == "published":
-            row |= repeat_study(asked, mnist(data_dir))
+            row |= repeat_study(asked, dataset)
         else:
-            row |= train_all_seeds(study, asked, data_dir)
+            row |= train_all_seeds(study, asked, dataset, data_dir)
         print(f"{study}, {row['name']}: test {np.mean(row['test_accuracy']):.2%}", flush=True)
         results["rows"] = [each for each in rows if "test_accuracy" in each]
         common.write_results(study, results)
     timed = [row for row in rows if study == "comparison" and "command" in row]
     if any("epoch_seconds" not in row for row in timed):
-        seconds = time_epochs([MANY_ANSWERS, *(row["command"] for row in timed)], mnist(data_dir))
+        turns = {}
+        for command in (MANY_ANSWERS, *(row["command"] for row in timed)):  # of one seed each
+            epochs = common.main_loop(dataset, grpo_mnist.parse_flags(shlex.split(command)[2:]))
+            turns[command] = functools.partial(common.time_next, epochs)
+        seconds = common.take_turns(turns, TIMED_EPOCHS)
         for row in timed:
             row["epoch_seconds"] = seconds[row["command"]]
         results["epoch_seconds_64_answers"] = seconds[MANY_ANSWERS]
         common.write_results(study, results)
 
 
-def time_epochs(commands, dataset):
-    """Seconds per epoch of one seed, by command; the commands take turns, an epoch each."""
-    turns = {}
-    for command in commands:
-        config = grpo_mnist.parse_flags(shlex.split(command)[2:])
-        turns[command] = functools.partial(common.time_next, common.main_loop(dataset, config))
-    return common.take_turns(turns, TIMED_EPOCHS)
-
-
-def tune(candidates, data_dir, anew):
+def tune(candidates, dataset, anew):
     """tuning: how the strong settings were chosen, on training images held out.
 
     Trains on the first 50,000 training images and tests on the last 10,000, never on the test
@@ -240,7 +228,7 @@ def tune(candidates, data_dir, anew):
     for kind, of_a_kind in candidates.items():
         kept = {str(row["candidate"]): row for row in there.get(kind, ())}
         results[kind] = [kept.get(str(x), {"candidate": x, "held_out": []}) for x in of_a_kind]
-    name, images, labels, *_ = mnist(data_dir)
+    name, images, labels, *_ = dataset
     train, test = (images[:-HELD_OUT], labels[:-HELD_OUT]), (images[-HELD_OUT:], labels[-HELD_OUT:])
     dataset = grpo_mnist.Dataset(name, *train, *test)
     for num_seeds, finalists in ((FIRST_SEEDS, None), (ALL_SEEDS, FINALISTS)):
@@ -279,16 +267,13 @@ def taken(kind, rows):
     return best(kind, [row for row in rows if len(row["held_out"]) == ALL_SEEDS])[0]
 
 
-def main(
-    study: tyro.conf.Positional[
-        Literal["accuracy", "grown", "breaking", "comparison", "published", "tuning"]
-    ],
-    data_dir: Path,
-    anew: bool = False,
-):
+def main(study: Positional[Study], data_dir: Path, anew: bool = False):
     table = tomllib.loads((ROOT / "benchmarks" / "commands.toml").read_text(encoding="utf-8"))
-    facts = table[study], data_dir.resolve(), anew
-    tune(*facts) if study == "tuning" else train_rows(study, *facts)
+    dataset = grpo_mnist.load_dataset("mnist", data_dir)
+    if study == "tuning":
+        tune(table[study], dataset, anew)
+    else:
+        train_rows(study, table[study], dataset, data_dir.resolve(), anew)
 
 
 if __name__ == "__main__":
