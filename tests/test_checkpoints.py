@@ -10,7 +10,7 @@ import faults
 import jax
 import numpy as np
 import pytest
-from conftest import edited_program, read_history, read_json, tree
+from conftest import read_history, read_json, tree
 
 from grpo_mnist import load_config, newest_checkpoint, train
 
@@ -41,15 +41,6 @@ def laboratory(tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_survives(fault, laboratory):
     FAULTS[fault](laboratory)
-
-
-@pytest.mark.parametrize("sync", ["os.fsync(file.fileno())", "os.fsync(descriptor)"])
-def test_each_safeguard_against_a_power_cut_is_needed(sync, laboratory, monkeypatch):
-    """Without that of a file's content, or that of its name, the run does not survive it."""
-    path = edited_program(Path("grpo_mnist.py"), (sync, "pass"))
-    monkeypatch.setattr(laboratory.program, "__file__", str(path.absolute()))
-    with pytest.raises(AssertionError):
-        FAULTS["power cut"](laboratory)
 
 
 def test_a_damaged_checkpoint_is_never_used(laboratory):
