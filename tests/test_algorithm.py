@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -292,23 +293,25 @@ def take_step(state, images, labels, config):
     return before, rollout, *step
 
 
-@pytest.fixture(scope="module")
-def steps(dataset, state, request):
-    """A training step of each configuration that is asked for, on the first images of the data.
+def take_steps(names, dataset, state):
+    """A training step of each of these configurations on the first images of the data set.
 
     One program with all of them is compiled in half the time that one for each would take. No array
     may be broadcast to another rank: (B,) never meets (B, G).
     """
 
-    asked = [name for name in CONFIGS if any(f"[{name}]" in x.name for x in request.session.items)]
-
     def each(state, images, labels):
-        return {name: take_step(state, images, labels, CONFIGS[name]) for name in asked}
+        return {name: take_step(state, images, labels, CONFIGS[name]) for name in names}
 
     batch = dataset.train_images[:32], dataset.train_labels[:32]
     with jax.numpy_rank_promotion("raise"):
         options = {"xla_backend_optimization_level": 0}
         return jax.jit(each, compiler_options=options)(state, *batch)
+
+
+@pytest.fixture(scope="module")
+def steps(dataset, state):
+    return take_steps(CONFIGS, dataset, state)
 
 
 def parameters_of(network):
@@ -464,3 +467,26 @@ def test_the_step_against_a_numpy_learner(name, dataset, steps):
         assert metrics[metric] == pytest.approx(expected, rel=1e-3, abs=1e-5), metric
     if name == "clipping":  # both bounds
         assert min(metrics["clip_ratio_low"], metrics["clip_ratio_high"]) > 0
+
+
+ROLLOUT = "rollout = sample_rollout(state, images, labels, sampling_key, config)\n"
+AVERAGE = "average = 0.9 * state.moving_average + 0.1 * rollout.rewards.mean()\n    "
+TOO_EARLY = f"{ROLLOUT}    {AVERAGE}state = state._replace(moving_average=average)\n    {ROLLOUT}"
+SAFEGUARDS = {  # a text of a function, what takes its place, and the configuration that notices it
+    "all_equal(rewards, statistic.group)": ("group_advantages", "False", None),
+    ROLLOUT: ("train_step", TOO_EARLY, "moving average"),  # updated before its use
+    " & (advantages < 0)": ("loss_fn", "", "clipping"),
+    " & (advantages > 0)": ("loss_fn", "", "clipping"),
+}
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+def test_each_safeguard_turns_a_test_red(safeguard, dataset, state, monkeypatch):
+    function, without, name = SAFEGUARDS[safeguard]
+    changed(monkeypatch, function, safeguard, without)
+    guard = partial(test_equal_rewards_give_exactly_zero, ("batch", "batch"))
+    if name:
+        steps = take_steps([name], dataset, state)
+        guard = partial(test_the_step_against_a_numpy_learner, name, dataset, steps)
+    with pytest.raises(AssertionError):
+        guard()

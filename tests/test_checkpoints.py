@@ -1,7 +1,9 @@
 """A run that something befalls goes on and ends as another; benchmarks/faults.py tries more."""
 
+import importlib
 import os
 import shutil
+import zipfile
 from functools import partial
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -10,7 +12,7 @@ import faults
 import jax
 import numpy as np
 import pytest
-from conftest import read_history, read_json, tree
+from conftest import edited_program, read_history, read_json, tree
 
 from grpo_mnist import load_config, newest_checkpoint, train
 
@@ -31,6 +33,15 @@ FAULTS = {
     "NaN": lambda lab: lab.not_a_number(),
     "a second run": lambda lab: lab.second_run(),
 }
+NO_KEY = "(expected if name == 'key' else arrays)[name] for name"
+LOCK = 'FileLock(run_dir / ".lock", timeout=0).acquire()'
+SAFEGUARDS = {  # the fault that it is there for; an edit of the program that takes it out
+    "digest": ("a bit flipped", "if hashlib.sha256(content[:-32]).digest() ==", "if content or"),
+    "fsync_of_a_file": ("power cut", "os.fsync(file.fileno())", "pass"),
+    "fsync_of_a_directory": ("power cut", "os.fsync(descriptor)", "pass"),
+    "random_key": ("resumed after an epoch", "arrays[name] for name", NO_KEY),
+    "lock": ("a second run", LOCK, "contextlib.nullcontext()"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +52,17 @@ def laboratory(tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_survives(fault, laboratory):
     FAULTS[fault](laboratory)
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+def test_each_safeguard_turns_a_test_red(safeguard, laboratory, tmp_path, monkeypatch):
+    """Taken out of the program, the run does not survive its fault as above."""
+    fault, *edit = SAFEGUARDS[safeguard]
+    edited_program(tmp_path / f"without_{safeguard}.py", edit)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(laboratory, "program", importlib.import_module(f"without_{safeguard}"))
+    with pytest.raises((AssertionError, zipfile.BadZipFile)):
+        FAULTS[fault](laboratory)
 
 
 def test_a_damaged_checkpoint_is_never_used(laboratory):

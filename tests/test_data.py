@@ -257,8 +257,19 @@ def test_mnist_is_downloaded_once_and_kept(mnist, mnist_dir, serve, tls, tmp_pat
     assert asked == [TRAIN_IMAGES]
 
 
-def test_the_safeguard_against_a_file_without_end(serve, tmp_path, monkeypatch):
+def test_a_file_without_end_is_given_up(serve, tmp_path, monkeypatch):
     """The limit of five minutes, shortened here, is kept to."""
     serve(lambda path: [FOUND, *DRIPPING], pause=0.1)
     changed(monkeypatch, "download", "timeout=300", "timeout=0.2")
     assert "no answer (TimeoutError)" in reports(tmp_path, limit=1)[0]
+
+
+def test_each_safeguard_turns_a_test_red(serve, manual, tmp_path, monkeypatch):
+    """Without the limit offline, and without the checksum of a file put there by hand."""
+    serve(lambda path: DRIPPING, pause=0.1)
+    changed(monkeypatch, "download", "get(timeout=7)", "get()")
+    with pytest.raises(multiprocessing.TimeoutError):
+        reports(tmp_path / "new", limit=8)
+    changed(monkeypatch, "load_idx_files", "raise RunError", "str")
+    with pytest.raises(pytest.fail.Exception):
+        test_a_damaged_file_is_named_and_not_trained_on("other labels", manual)

@@ -1,7 +1,6 @@
 """Whole runs: that they learn what there is to learn, count right, and repeat themselves."""
 
 import hashlib
-import importlib
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from common import train_in_memory
-from conftest import ROOT, edited_program, read_history, read_json, start_program
+from conftest import ROOT, read_history, read_json, start_program
 from faults import metrics_without_times
 from scipy.stats import t
 
@@ -174,31 +173,6 @@ def test_an_actor_is_not_loaded_from_where_there_is_none(runs, tmp_path):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UsageError, match=f"{tmp_path} {reason}"):
             load_actor(tmp_path)
-
-
-def test_a_baseline_and_a_reward_of_ones_own_are_one_entry_each(tmp_path, monkeypatch, capfd):
-    """As the README has them: the median of an image's rewards, and how near an answer is."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (reward,) = re.findall(r"`(return -abs.*)`", text)
-    (baseline,) = re.findall(r'`("median": Statistic.*)`', text)
-    edited_program(
-        tmp_path / "nearest_digit.py",
-        ("return (actions == labels[:, None]).astype(jnp.float32)", reward),
-        ("BASELINES = {", f"BASELINES = {{\n    {baseline}"),
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    program = importlib.import_module("nearest_digit")
-    flags = ["--dataset=digits", "--baseline=median", "--num-epochs=1", "--output-dir=run"]
-    assert program.main(flags) == 0
-    assert read_json("run/config.json")["num_generations"] == 8
-    (last,) = read_history("run")
-    assert last["accuracy"] > 0.25
-    assert last["test_accuracy"] > 0.4
-    assert -2 < last["reward"] < 0
-    line = f"Accuracy: {100 * last['accuracy']:.2f}%, reward {last['reward']:.4f}, test "
-    assert line in capfd.readouterr().out
-    assert program.main([*flags, "--num-generations=1"]) == 2
-    assert "--num-generations 1 must be 2 or more" in capfd.readouterr().err
 
 
 def test_the_metrics_of_an_epoch_and_numbers_that_are_none(digits):

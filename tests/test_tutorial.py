@@ -15,7 +15,7 @@ import one_update
 import optax
 import pytest
 from common import read_results, state_and_step
-from conftest import ROOT, read_json
+from conftest import ROOT, edited_program, read_history, read_json
 from test_documents import read
 
 import grpo_mnist
@@ -80,7 +80,7 @@ def test_messages_are_those_of_the_program():
 
 
 def test_the_whole_algorithm_as_one_listing_learns(digits):
-    """It is GRPO with G = 8: after 60 batches, most answers are right."""
+    """It is GRPO with G = 8: after 40 batches, most answers are right."""
     (listing,) = blocks("python", "2. ")
     config = Config(dataset="digits", baseline="group", batch_size=256)
     actor = jax.tree.map(lambda x: x[0], grpo_mnist.create_state(config)).networks.actor
@@ -91,7 +91,7 @@ def test_the_whole_algorithm_as_one_listing_learns(digits):
         "optimizer_state": optimizer.init(actor),
         "batches": [
             (jnp.asarray(images[0], jnp.float32) / 255, labels[0])
-            for images, labels in itertools.islice(grpo_mnist.batches(config, digits, epoch=1), 60)
+            for images, labels in itertools.islice(grpo_mnist.batches(config, digits, epoch=1), 40)
         ],
         "keys": map(jax.random.key, itertools.count()),
         "G": config.num_generations,
@@ -99,7 +99,7 @@ def test_the_whole_algorithm_as_one_listing_learns(digits):
     }
     exec(listing, names)
     assert names["rewards"].shape == (256, 8)
-    assert names["rewards"].mean() > 0.8
+    assert names["rewards"].mean() > 0.7
 
 
 def masked(text):
@@ -125,25 +125,26 @@ def test_the_last_lines_are_as_shown_and_the_network_can_be_used(capfd, digits):
     assert accuracy == pytest.approx(read_json(Path("runs/first/summary.json"))["test_accuracy"])
 
 
-def test_a_reader_s_reward_and_baseline_work(tmp_path, monkeypatch):
-    """Written into a copy of the file as the tutorial says."""
+def test_a_reward_and_a_baseline_of_ones_own_are_one_entry_each(tmp_path, monkeypatch, capfd):
     reward, baseline, _ = blocks("python", "8. ")
-    program = read("grpo_mnist.py")
-    (line,) = blocks("python", "7. ")[1].splitlines()
-    program = program.replace(line, f"    {reward.strip()}")
-    program = program.replace("BASELINES = {", f"BASELINES = {{\n    {baseline.strip()}")
-    (tmp_path / "reader.py").write_text(program, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    reader = importlib.import_module("reader")
-    config = reader.parse_flags(
-        shlex.split("--dataset digits --num-epochs 1 --baseline median --scale-rewards none")
+    edited_program(
+        tmp_path / "nearest_digit.py",
+        (blocks("python", "7. ")[1].strip(), reward.strip()),
+        ("BASELINES = {", f"BASELINES = {{\n    {baseline.strip()}"),
     )
-    assert config.num_generations == 8
-    (metrics,) = reader.train(config)
-    assert -4.5 < metrics["reward"] < 0 < metrics["accuracy"]
-    rewards = np.array([[0.0, -1.0, -5.0]])
-    advantages = reader.group_advantages(rewards, baseline="median", scale_rewards="none")
-    np.testing.assert_array_equal(advantages, [[1, 0, -4]])
+    monkeypatch.syspath_prepend(tmp_path)
+    program = importlib.import_module("nearest_digit")
+    flags = ["--dataset=digits", "--baseline=median", "--num-epochs=1", "--output-dir=run"]
+    assert program.main(flags) == 0
+    assert read_json("run/config.json")["num_generations"] == 8
+    (last,) = read_history("run")
+    assert last["accuracy"] > 0.25
+    assert last["test_accuracy"] > 0.4
+    assert -2 < last["reward"] < 0
+    line = f"Accuracy: {100 * last['accuracy']:.2f}%, reward {last['reward']:.4f}, test "
+    assert line in capfd.readouterr().out
+    assert program.main([*flags, "--num-generations=1"]) == 2
+    assert "--num-generations 1 must be 2 or more" in capfd.readouterr().err
 
 
 def test_the_update_by_hand_is_what_the_code_computes(digits, monkeypatch, capsys):
