@@ -85,7 +85,7 @@ def describe(update):
     for i, label in enumerate(update["labels"]):
         answers = [f"{answer:7d} " for answer in update["answers"][i]]
         rewards = [f"{reward:7.0f} " for reward in update["rewards"][i]]
-        yield f"image {i + 1}, a {label}"
+        yield f"image {i + 1}, digit {label}"
         yield f"  {'answers':18}" + "".join(answers)
         yield f"  {'rewards':18}" + "".join(rewards) + f"  mean {update['means'][i]:.2f}"
         for name in ("advantages", "batch_advantages"):

@@ -40,7 +40,8 @@ def points(one, other):
     if camps(pairs):
         return ", ".join(f"{100 * difference:+.2f}" for difference in pairs)
     figures = common.over_seeds(pairs)
-    return f"{100 * figures['mean']:+.2f} ± {100 * figures['interval_95']:.2f}"
+    mean = round(100 * figures["mean"], 2) + 0  # no minus before 0
+    return f"{mean:+.2f} ± {100 * figures['interval_95']:.2f}"
 
 
 def shares(values):
@@ -98,7 +99,7 @@ def environment(words):
 def fill(text, templates):
     """A page of the tutorial with its tables and its links to lines of the program renewed."""
     tables = templates.get_template("tables.jinja").module
-    figures = templates.globals["rows"]["breaking"]["defaults"]["first_and_last"]
+    figures = templates.globals["rows"]["grown"]["defaults"]["first_and_last"]
     program = PROGRAM.read_text(encoding="utf-8")
 
     def fill_metric(row):

@@ -30,7 +30,7 @@ def read(name):
 def sentences():
     """Parts of the prose with the figures that the results have for them, section by section."""
     results, rows = (environment({}).globals[name] for name in ("results", "rows"))
-    machine, runs, algorithms = results["accuracy"], rows["accuracy"], rows["comparison"]
+    machine, runs, tutorial = results["accuracy"], rows["accuracy"], rows["grown"]
     defaults, digits, original = map(runs.get, ("defaults", "digits", ORIGINAL))
     yield f"takes about {median(defaults['seconds']):.0f} seconds on {machine['cores']} cores"
     yield f"cores ({machine['processor']}) and ends"
@@ -39,28 +39,29 @@ def sentences():
     assert min(defaults["curves"]["accuracy"][4]) > 0.95
     yield f"an accuracy of {digits['accuracy'][0]:.2%} and a test accuracy of"
     yield f"{digits['test_accuracy'][0]:.2%} after {median(digits['seconds']):.0f} seconds"
-    grpo, ppo = algorithms["batch-mean GRPO"], algorithms["PPO with critic"]
+    grpo, ppo = tutorial["defaults"], tutorial["PPO with critic"]
     networks = grpo_mnist.create_state(Config(baseline="critic")).networks
     actor, critic = (sum(x.size for x in jax.tree.leaves(network)) for network in networks)
     yield f"the actor has {actor:,} parameters, and the critic would add {critic:,}"
-    seconds = [f"{median(row['epoch_seconds']):.2f} s" for row in (ppo, grpo)]
+    timed = [rows["comparison"][name] for name in ("PPO with critic", "batch-mean GRPO")]
+    seconds = [f"{median(row['epoch_seconds']):.2f} s" for row in timed]
     yield f"reaches {by_seed(ppo['test_accuracy'])} here in {seconds[0]} an epoch"
     yield f"the batch as group {by_seed(grpo['test_accuracy'])} in {seconds[1]}."
     yield f"the critic is worth {points(ppo, grpo)} points"
-    labels = algorithms["labels, tuned"]["test_accuracy"]
+    labels = rows["comparison"]["labels, tuned"]["test_accuracy"]
     yield f"trained on labels, this network reaches {by_seed(labels)} of the test images"
-    k3 = points(algorithms["KL penalty, k3"], grpo).removeprefix("-")
+    k3 = points(tutorial["KL penalty, k3"], grpo).removeprefix("-")
     yield f"costs {k3} points](benchmarks"
-    yield f"TPO {points(algorithms['TPO'], grpo)} points of test accuracy"
-    yield f"DG {points(algorithms['DG, K = 4'], grpo)}."
-    yield f"the batch's mean ({points(algorithms['batch-mean GRPO, G = 8'], grpo)})"
-    yield f"the image's own ({points(algorithms['GRPO, G = 8'], grpo)})"
-    lost = sum(share < 0.9 for share in rows["grown"]["baseline"]["test_accuracy"])
+    yield f"TPO {points(tutorial['TPO'], grpo)} points of test accuracy"
+    yield f"DG {points(tutorial['DG, K = 4'], grpo)}."
+    yield f"the batch's mean ({points(tutorial['batch-mean GRPO, G = 8'], grpo)})"
+    yield f"the image's own ({points(tutorial['ratio and clip'], grpo)})"
+    lost = sum(share < 0.9 for share in tutorial["baseline"]["test_accuracy"])
     yield f"{('No', 'One', 'Two', 'Three')[lost]} of five seeds still collapse"
-    quarter = rows["grown"]["K = 1, as many updates"]["test_accuracy"]
+    quarter = tutorial["K = 1, as many updates"]["test_accuracy"]
     assert sum(share > 0.97 for share in quarter) == 4
     yield "but one of five seeds collapses"
-    silent = rows["grown"]["ratio and clip"]["curves"]["frac_reward_zero_std"]
+    silent = tutorial["ratio and clip"]["curves"]["frac_reward_zero_std"]
     yield f"by the last epoch {np.mean(silent[-1]):.0%} of these groups are silent"
     taught = rows["breaking"]["labels, the exercise's original values"]
     first, last = median(original["curves"]["accuracy"][0]), median(original["accuracy"])
