@@ -29,7 +29,8 @@ import grpo_mnist  # noqa: E402
 
 def describe_machine():
     """What a reader needs to know to compare figures with their own."""
-    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpuinfo = Path("/proc/cpuinfo")  # where there is one
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     libraries = ("jax", "flax", "optax", "tfp-nightly", "numpy")
     return {
         "date": datetime.date.today().isoformat(),
@@ -103,11 +104,6 @@ def over_seeds(by_seed):
     """The mean over the seeds, with its 95% interval by Student's t."""
     figures = grpo_mnist.over_seeds({"accuracy": by_seed})
     return {"mean": figures["accuracy"], "interval_95": figures["interval_95"]["accuracy"]}
-
-
-def paired_difference(one, other):
-    """The mean of one minus the other, seed by seed, with its 95% interval."""
-    return over_seeds(np.subtract(one, other))
 
 
 def fit_slope(sizes, times):

@@ -19,9 +19,9 @@ import tyro
 BENCHMARKS = {  # by duration: command, minutes on two cores (about), question
     "one_update": ("one_update.py --write", 1, "What does an update compute?"),
     "accuracy": ("train.py accuracy --data-dir DIR --anew", 3, "What do the defaults reach?"),
-    "grown": ("train.py grown --data-dir DIR --anew", 5, "What does each part of GRPO bring?"),
     "devices": ("devices.py --data-dir DIR", 6, "Do several devices give the same run?"),
     "growth": ("speed.py growth --data-dir DIR --anew", 12, "How does the time grow with size?"),
+    "grown": ("train.py grown --data-dir DIR --anew", 14, "What does each part of GRPO bring?"),
     "speed": ("speed.py speed --data-dir DIR --anew", 15, "How fast is it beside PyTorch?"),
     "published": ("train.py published --data-dir DIR --anew", 20, "Does a study repeat?"),
     "breaking": ("train.py breaking --data-dir DIR --anew", 25, "What do single flags break?"),

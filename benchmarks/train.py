@@ -2,11 +2,11 @@
 
     python benchmarks/train.py STUDY --data-dir DIR [--anew]
 
-The studies are accuracy, breaking, comparison, tuning and published. DIR is as for grpo_mnist.py;
-every row trains on MNIST, unless its command names other data. Writes results/STUDY.json, and for
-accuracy the picture curves.png of the first run. It is written after each row, and an interrupted
-study is continued: rows that are there for the same command, program, versions and machine are kept
-unless they are to be made --anew.
+The studies are accuracy, grown, breaking, comparison, tuning and published. DIR is as for
+grpo_mnist.py; every row trains on MNIST, unless its command names other data. Writes
+results/STUDY.json, and for accuracy the picture curves.png of the first run. It is written after
+each row, and an interrupted study is continued: rows that are there for the same command, program,
+versions and machine are kept unless they are to be made --anew.
 """
 
 import functools
