@@ -134,23 +134,16 @@ def state_and_step(dataset, config):
     return state, grpo_mnist.compile_step(config, dataset, state)
 
 
-def run_epoch(step, state, batches):
-    """The main loop's inner loop: the new state, and the metrics of each step."""
-    step_metrics = []
-    for images, labels in batches:
-        state, metrics = step(state, images, labels)
-        step_metrics.append(metrics)
-        jax.block_until_ready(step_metrics[-4:-3])
-    return state, jax.block_until_ready(step_metrics)
-
-
 def main_loop(dataset, config):
     """The trainer's main loop, without printing and files: yields what end_epoch takes."""
     state, step = state_and_step(dataset, config)
     for epoch in itertools.count(1):
-        began = time.perf_counter()
-        state, step_metrics = run_epoch(step, state, grpo_mnist.batches(config, dataset, epoch))
-        yield state, epoch, began, step_metrics
+        began, step_metrics = time.perf_counter(), []
+        for images, labels in grpo_mnist.batches(config, dataset, epoch):
+            state, metrics = step(state, images, labels)
+            step_metrics.append(metrics)
+            jax.block_until_ready(step_metrics[-4:-3])
+        yield state, epoch, began, jax.block_until_ready(step_metrics)
         if config.ref_sync_epochs and epoch % config.ref_sync_epochs == 0:
             state = state._replace(reference=jax.tree.map(jnp.copy, state.networks.actor))
 

@@ -10,7 +10,6 @@ the tutorial, or change a text in it, do not count. Writes results/mutation.json
 and goes on where it was stopped. What it says there of survivors ("why") is written by hand.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -24,6 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import tyro
 from common import ROOT, results_to_continue, write_results
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -67,18 +67,16 @@ def sample(source):
 
 def try_out(mutated, suite, data_dir):
     """The test that notices a mutant, "time" if it takes too long, or None if it survives."""
-    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no"]
-    command += ["-k", f"not ({NOT_COUNTED})"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no", f"-k not ({NOT_COUNTED})"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as directory:
         project, shared = Path(directory, "project"), Path(directory, "shared", "mnist")
         shutil.copytree(suite, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         shutil.copytree(data_dir / "downloads" / "manual", shared)  # A mutant may spoil it.
         (project / PROGRAM).write_text(mutated)
         private = os.environ | {"HOME": directory, "TMPDIR": directory}
-        process = subprocess.Popen(
-            command, cwd=project, env=private, start_new_session=True, **pipes
-        )
+        options |= {"cwd": project, "env": private, "start_new_session": True}
+        process = subprocess.Popen(command, **options)
         try:
             output, _ = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
@@ -90,26 +88,20 @@ def try_out(mutated, suite, data_dir):
     return None if process.returncode == 0 else noticed[1] if noticed else "import"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=lambda path: Path(path).resolve(), required=True)
-    parser.add_argument("--suite", type=lambda path: Path(path).resolve(), default=ROOT)
-    parser.add_argument("--name", default="after")
-    options = parser.parse_args()
+def main(data_dir: Path, suite: Path = ROOT, name: str = "after"):
     there = results_to_continue("mutation").get("mutants", ())
     kept = {(row["line"], row["column"]): row for row in there}
     rows, waiting = [], {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for row, mutated in sample((ROOT / PROGRAM).read_text()):
             rows.append(kept.get((row["line"], row["column"]), row))
-            if options.name not in rows[-1]["noticed_by"]:
-                job = pool.submit(try_out, mutated, options.suite, options.data_dir)
-                waiting[job] = rows[-1]
+            if name not in rows[-1]["noticed_by"]:
+                waiting[pool.submit(try_out, mutated, suite, data_dir)] = rows[-1]
         for job in as_completed(waiting):
-            waiting[job]["noticed_by"][options.name] = job.result()
+            waiting[job]["noticed_by"][name] = job.result()
             print(waiting[job]["after"], "->", job.result(), flush=True)
             write_results("mutation", {"mutants": rows})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -32,13 +32,11 @@ from sklearn.metrics import confusion_matrix
 from tyro.conf import Positional
 
 Study = Literal["accuracy", "grown", "breaking", "comparison", "published", "tuning"]
-MANY_ANSWERS = "python grpo_mnist.py --num-generations 64"
 TIMED_EPOCHS = 7
 FIRST_SEEDS, ALL_SEEDS, FINALISTS = 2, 6, 3
 HELD_OUT = 10_000
 MANY, LEAST = "10 epochs", 0.9734  # of the sampled answers right in epoch 5
-PUBLISHED = {"width": 50, "updates": 10_000, "reward_bits": 1_000_000}
-UPDATES_AT_ONCE = 200  # in one call of the compiled function
+PUBLISHED_WIDTH, PUBLISHED_UPDATES = 50, 10_000
 
 
 def flags_of(asked, data_dir):
@@ -57,9 +55,9 @@ def figures_of(asked, epochs):
 
 def train_each_seed(asked, data_dir):
     """accuracy: the program as a reader starts it, each seed in a process of its own."""
+    command = [sys.executable, ROOT / "grpo_mnist.py", *flags_of(asked, data_dir)]
     histories, seconds, outputs = [], [], []
     for seed in range(asked["seeds"]):
-        command = [sys.executable, ROOT / "grpo_mnist.py", *flags_of(asked, data_dir)]
         with tempfile.TemporaryDirectory() as directory:
             began = time.perf_counter()
             output = subprocess.check_output([*command, f"--seed={seed}"], cwd=directory, text=True)
@@ -137,10 +135,15 @@ def teach(settings, dataset):
         for batch in grpo_mnist.batches(config, dataset, epoch):
             actor, adam, accuracy = step_of_each_seed((actor, adam, *batch))
             accuracies.append(accuracy)
-        right = np.asarray(grpo_mnist.predict(actor, dataset.test_images)[0]) == dataset.test_labels
-        accuracy = np.mean(jax.device_get(accuracies), axis=0)
-        epochs.append({"accuracy": accuracy.tolist(), "test_accuracy": right.mean(axis=1).tolist()})
+        accuracy = np.mean(jax.device_get(accuracies), axis=0).tolist()
+        epochs.append({"accuracy": accuracy, "test_accuracy": test_accuracy(actor, dataset)})
     return epochs
+
+
+def test_accuracy(actor, dataset):
+    """That of each seed of an actor, as the trainer computes it."""
+    answers, _ = grpo_mnist.predict(actor, dataset.test_images)
+    return (np.asarray(answers) == dataset.test_labels).mean(axis=1).tolist()
 
 
 def repeat_study(asked, dataset):
@@ -152,7 +155,7 @@ def repeat_study(asked, dataset):
     """
     seeds = np.arange(asked["seeds"])
     config = grpo_mnist.parse_flags([*shlex.split(asked["flags"]), f"--num-seeds={len(seeds)}"])
-    optimizer = grpo_mnist.create_optimizer(config, PUBLISHED["updates"])
+    optimizer = grpo_mnist.create_optimizer(config, PUBLISHED_UPDATES)
     images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
 
     def step(state, key):
@@ -166,24 +169,22 @@ def repeat_study(asked, dataset):
 
     @jax.jit
     @jax.vmap
-    def steps(state, seed, number):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), UPDATES_AT_ONCE)
-        return jax.lax.scan(step, state, keys)[0]
+    def train(state, seed):
+        key = jax.random.fold_in(jax.random.key(seed), 1)  # another one than the trainer's
+        return jax.lax.scan(step, state, jax.random.split(key, PUBLISHED_UPDATES))[0]
 
-    common.widen(PUBLISHED["width"])
-    state = grpo_mnist.create_state(config)
-    for number in range(1, PUBLISHED["updates"] // UPDATES_AT_ONCE + 1):
-        state = steps(state, seeds, np.full_like(seeds, number))
-    answers, _ = grpo_mnist.predict(state.networks.actor, dataset.test_images)
-    right = np.asarray(answers) == dataset.test_labels
-    published = asked.get("published_test_error")
-    return {"published_test_error": published, "test_accuracy": right.mean(axis=1).tolist()}
+    common.widen(PUBLISHED_WIDTH)
+    state = train(grpo_mnist.create_state(config), seeds)
+    return {
+        "published_test_error": asked.get("published_test_error"),
+        "reward_bits": PUBLISHED_UPDATES * config.batch_size,
+        "test_accuracy": test_accuracy(state.networks.actor, dataset),
+    }
 
 
 def train_rows(study, table, dataset, data_dir, anew):
     """Trains the rows of a study that are not there yet; those of comparison are also timed."""
     results, rows = common.results_to_continue(study, anew), []
-    results |= PUBLISHED if study == "published" else {}
     for asked in table:
         row = {x: asked[x] for x in ("name", "command", "flags", "settings") if x in asked}
         row["seeds"] = list(range(asked["seeds"]))
@@ -206,13 +207,13 @@ def train_rows(study, table, dataset, data_dir, anew):
     timed = [row for row in rows if study == "comparison" and "command" in row]
     if any("epoch_seconds" not in row for row in timed):
         turns = {}
-        for command in (MANY_ANSWERS, *(row["command"] for row in timed)):  # of one seed each
-            epochs = common.main_loop(dataset, grpo_mnist.parse_flags(shlex.split(command)[2:]))
-            turns[command] = functools.partial(common.time_next, epochs)
+        for row in timed:  # one seed of each
+            config = grpo_mnist.parse_flags(shlex.split(row["command"])[2:])
+            epochs = common.main_loop(dataset, config)
+            turns[row["name"]] = functools.partial(common.time_next, epochs)
         seconds = common.take_turns(turns, TIMED_EPOCHS)
         for row in timed:
-            row["epoch_seconds"] = seconds[row["command"]]
-        results["epoch_seconds_64_answers"] = seconds[MANY_ANSWERS]
+            row["epoch_seconds"] = seconds[row["name"]]
         common.write_results(study, results)
 
 
@@ -221,16 +222,14 @@ def tune(candidates, dataset, anew):
 
     Trains on the first 50,000 training images and tests on the last 10,000, never on the test
     images: two seeds of each candidate, then six of the best FINALISTS of each kind, of which one
-    is taken. As many candidates that learn from the labels are tried as with 10 epochs of right and
-    wrong.
+    is taken.
     """
     there, results = common.results_to_continue("tuning", anew), {}
     for kind, of_a_kind in candidates.items():
         kept = {str(row["candidate"]): row for row in there.get(kind, ())}
         results[kind] = [kept.get(str(x), {"candidate": x, "held_out": []}) for x in of_a_kind]
-    name, images, labels, *_ = dataset
-    train, test = (images[:-HELD_OUT], labels[:-HELD_OUT]), (images[-HELD_OUT:], labels[-HELD_OUT:])
-    dataset = grpo_mnist.Dataset(name, *train, *test)
+    held_out = [array[-HELD_OUT:] for array in dataset[1:3]]
+    dataset = grpo_mnist.Dataset("mnist", *(array[:-HELD_OUT] for array in dataset[1:3]), *held_out)
     for num_seeds, finalists in ((FIRST_SEEDS, None), (ALL_SEEDS, FINALISTS)):
         for kind, rows in results.items():
             for row in best(kind, rows)[:finalists] if finalists else rows:
@@ -238,18 +237,15 @@ def tune(candidates, dataset, anew):
                     row |= try_out(row["candidate"], num_seeds, dataset)
                     print(row, flush=True)
                     common.write_results("tuning", results)
-    for kind, rows in results.items():
-        print(f"taken for {kind}: {taken(kind, rows)['candidate']}")
 
 
 def try_out(candidate, num_seeds, dataset):
     """A candidate's accuracy of each seed on the held-out images, which are its test images."""
     if isinstance(candidate, dict):
-        return {
-            "held_out": teach(candidate | {"num_seeds": num_seeds}, dataset)[-1]["test_accuracy"]
-        }
-    config = grpo_mnist.parse_flags([*shlex.split(candidate), f"--num-seeds={num_seeds}"])
-    epochs = [record["by_seed"] for record in common.train_in_memory(dataset, config)]
+        epochs = teach(candidate | {"num_seeds": num_seeds}, dataset)
+    else:
+        config = grpo_mnist.parse_flags([*shlex.split(candidate), f"--num-seeds={num_seeds}"])
+        epochs = [record["by_seed"] for record in common.train_in_memory(dataset, config)]
     return {"held_out": epochs[-1]["test_accuracy"], "accuracy_epoch_5": epochs[4]["accuracy"]}
 
 
