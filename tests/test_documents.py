@@ -155,6 +155,12 @@ def test_the_two_languages_agree(english, chinese):
         assert found[0] == found[1], pattern
 
 
+@pytest.mark.parametrize("page", PAGES[::2])
+def test_english_pages_have_chinese_in_the_link_to_the_other_language_only(page):
+    text = read(page).replace("[繁體中文](README_ch.md)", "")
+    assert not re.findall(r"[\u3000-\u9fff\uff00-\uffef]+", text)
+
+
 def anchors(text):
     """Those that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
