@@ -14,7 +14,6 @@ import common
 import jinja2
 import numpy as np
 from common import RESULTS, ROOT, camps, spread
-from one_update import signed  # noqa: F401, for the templates
 
 HERE = ROOT / "benchmarks"
 TEMPLATES = HERE / "templates"
@@ -22,39 +21,40 @@ PROGRAM = ROOT / "grpo_mnist.py"
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
 
 
+def read_toml(name):
+    return tomllib.loads((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
 def percent(share, digits=1):
     return f"{share:.{digits}%}"
 
 
-def by_seed(shares):
-    """The mean with its 95% interval; the seeds' own, if they fall into camps."""
+def by_seed(shares, as_range=False):
+    """The mean with its 95% interval, or the median with its range; each seed's, if in camps."""
     if camps(shares):
         return ", ".join(map(percent, shares))
-    figures = common.over_seeds(shares)
-    return f"{figures['mean']:.2%} ± {figures['interval_95']:.2%}"
+    if as_range:
+        return median_and_range(shares, ".1%")
+    mean, interval = common.over_seeds(shares).values()
+    return f"{mean:.2%} ± {interval:.2%}"
 
 
 def points(one, other):
     """The difference of two rows' test accuracies, paired by seed, in percentage points."""
-    pairs = np.subtract(one["test_accuracy"], other["test_accuracy"])
-    if camps(pairs):
-        return ", ".join(f"{100 * difference:+.2f}" for difference in pairs)
-    figures = common.over_seeds(pairs)
-    mean = round(100 * figures["mean"], 2) + 0  # no minus before 0
-    return f"{mean:+.2f} ± {100 * figures['interval_95']:.2f}"
+    pairs = 100 * np.subtract(one["test_accuracy"], other["test_accuracy"])
+    if camps(pairs / 100):
+        return ", ".join(f"{difference:+.2f}" for difference in pairs)
+    mean, interval = common.over_seeds(pairs).values()
+    return f"{mean:+z.2f} ± {interval:.2f}"  # z: no minus before 0
 
 
-def shares(values):
-    """The median with its range; the seeds' own, if they fall into camps."""
-    if camps(values):
-        return ", ".join(map(percent, values))
-    figures = spread(values)
-    return f"{figures['median']:.1%} ({figures['min']:.1%}-{figures['max']:.1%})"
+def median_and_range(values, form=".2f", unit=""):
+    median, low, high = (f"{spread(values)[x]:{form}}" for x in ("median", "min", "max"))
+    return f"{median}{unit} ({low}-{high})"
 
 
-def seconds(values, unit="s", digits=2):
-    median, low, high = (f"{spread(values)[x]:.{digits}f}" for x in ("median", "min", "max"))
-    return f"{median} {unit} ({low}-{high})"
+def seconds(values):
+    return median_and_range(values, unit=" s")
 
 
 def ratio(timed, one, other):
@@ -119,7 +119,7 @@ def fill(text, templates):
 
     def renew_link(link):
         (definition,) = re.finditer(rf"^(def|class) {link[1]}\b", program, re.MULTILINE)
-        line = program[: definition.end()].count("\n") + 1
+        line = program.count("\n", 0, definition.end()) + 1
         return f"[`{link[1]}`](grpo_mnist.py#L{line})"
 
     return re.sub(r"\[`(\w+)`\]\(grpo_mnist\.py#L\d+\)", renew_link, MARKED.sub(fill_table, text))
@@ -127,9 +127,8 @@ def fill(text, templates):
 
 def pages():
     """Each page and what it should be."""
-    chinese = tomllib.loads((TEMPLATES / "chinese.toml").read_text(encoding="utf-8"))
     rendered = {}
-    for name, words in (("README.md", {}), ("README_ch.md", chinese)):
+    for name, words in (("README.md", {}), ("README_ch.md", read_toml("chinese.toml"))):
         templates = environment(words)
         rendered[ROOT / name] = fill((ROOT / name).read_text(encoding="utf-8"), templates)
         rendered[HERE / name] = templates.get_template(f"{name}.jinja").render()
