@@ -2,9 +2,8 @@
 
     python benchmarks/report.py
 
-The pages README.md and README_ch.md of this directory are rendered from templates/, which has the
-words of both languages. In the tutorial, the rows of the tables between markers are filled in, and
-the links to lines of grpo_mnist.py renewed.
+The pages of this directory are rendered from templates/. In the tutorial, the rows of the marked
+tables are filled in, and the links to lines of grpo_mnist.py renewed.
 """
 
 import re
@@ -18,6 +17,7 @@ from common import RESULTS, ROOT, camps, spread
 HERE = ROOT / "benchmarks"
 TEMPLATES = HERE / "templates"
 PROGRAM = ROOT / "grpo_mnist.py"
+STUDIES = ("accuracy", "breaking", "comparison", "grown", "published")  # with named rows
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
 
 
@@ -25,36 +25,25 @@ def read_toml(name):
     return tomllib.loads((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def percent(share, digits=1):
-    return f"{share:.{digits}%}"
-
-
-def by_seed(shares, as_range=False):
+def by_seed(shares, each=".1%", average=".2%", as_range=False):
     """The mean with its 95% interval, or the median with its range; each seed's, if in camps."""
     if camps(shares):
-        return ", ".join(map(percent, shares))
+        return ", ".join(f"{share:{each}}" for share in shares)
     if as_range:
-        return median_and_range(shares, ".1%")
+        return median_and_range(shares, "", each)
     mean, interval = common.over_seeds(shares).values()
-    return f"{mean:.2%} ± {interval:.2%}"
+    return f"{mean:{average}} ± {interval:.2%}"
 
 
 def points(one, other):
     """The difference of two rows' test accuracies, paired by seed, in percentage points."""
-    pairs = 100 * np.subtract(one["test_accuracy"], other["test_accuracy"])
-    if camps(pairs / 100):
-        return ", ".join(f"{difference:+.2f}" for difference in pairs)
-    mean, interval = common.over_seeds(pairs).values()
-    return f"{mean:+z.2f} ± {interval:.2f}"  # z: no minus before 0
+    pairs = np.subtract(one["test_accuracy"], other["test_accuracy"])
+    return by_seed(pairs, "+z.2%", "+z.2%").replace("%", "")  # z: no minus before 0
 
 
-def median_and_range(values, form=".2f", unit=""):
+def median_and_range(values, unit=" s", form=".2f"):
     median, low, high = (f"{spread(values)[x]:{form}}" for x in ("median", "min", "max"))
     return f"{median}{unit} ({low}-{high})"
-
-
-def seconds(values):
-    return median_and_range(values, unit=" s")
 
 
 def ratio(timed, one, other):
@@ -62,23 +51,18 @@ def ratio(timed, one, other):
     if "ratios" in timed:
         return timed["ratios"][f"{one} / {other}"]["median"]
     times = timed.get("epoch_seconds") or timed["seconds"]
-    return float(np.median(np.divide(times[one], times[other])))
+    return np.median(np.divide(times[one], times[other]))
 
 
 def slope(rows):
     """The p of time ~ size ** p, with its standard error."""
     times = [common.median(row["epoch_seconds"]) for row in rows]
-    fit = common.fit_slope([row["size"] for row in rows], times)
-    return f"{fit['slope']:.2f} ± {fit['standard_error']:.2f}"
+    exponent, error = common.fit_slope([row["size"] for row in rows], times).values()
+    return f"{exponent:.2f} ± {error:.2f}"
 
 
 def errors(row):
     return [1 - accuracy for accuracy in row["test_accuracy"]]
-
-
-def changed_flags(command, before):
-    """The flags of a command, with their values, that the command before it does not have."""
-    return " ".join(flag for flag in re.findall(r"--\S+ \S+", command) if flag not in before)
 
 
 def environment(words):
@@ -86,11 +70,11 @@ def environment(words):
     loader = jinja2.FileSystemLoader(TEMPLATES)
     whitespace = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     templates = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **whitespace)
-    studies = ("accuracy", "breaking", "comparison", "grown", "published")
     templates.globals |= globals() | {
         "results": {path.stem: common.read_results(path.stem) for path in RESULTS.glob("*.json")},
-        "rows": {name: common.rows_of(name) for name in studies},
+        "rows": {name: common.rows_of(name) for name in STUDIES},
         "program": common.program_sha256(PROGRAM.read_text(encoding="utf-8")),
+        "percent": "{:.1%}".format,
         "t": lambda name: words.get(name, name),
     }
     return templates
@@ -104,8 +88,7 @@ def fill(text, templates):
 
     def fill_metric(row):
         """A metric with its figures in the first and the last epoch, means of the seeds."""
-        cells = row.split(" | ")
-        name = re.search(r"\w+", cells[0])[0]
+        cells, name = row.split(" | "), re.search(r"\w+", row)[0]
         if name in figures:
             kind = ".1%" if "accuracy" in name else ".2%" if "clip" in name else ".2g"
             cells[2:4] = [f"{np.mean(seeds):{kind}}" for seeds in figures[name]]
