@@ -1,16 +1,10 @@
-"""Draws every picture of the READMEs, in both languages, from the committed results and formulas.
-
-    python benchmarks/draw.py
-
-The pictures have no background, so that they can be read on light pages and on dark ones.
-"""
+"""Draws every picture of the READMEs, in both languages: `python benchmarks/draw.py`."""
 
 from importlib.metadata import distribution
 
-import matplotlib.font_manager
-import matplotlib.style
 import numpy as np
 from common import RESULTS, camps, grpo_mnist, over_seeds, read_results, rows_of, spread
+from matplotlib import font_manager, rc_context, style
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from one_update import first_batch
@@ -21,24 +15,20 @@ SHARES = LinearSegmentedColormap.from_list("shares", [(0.5, 0.5, 0.5, 0.0), (0.5
 
 
 def draw_panel(axes, t, grid=True, results=None, curves=(), **settings):
-    """What pictures.toml has of a panel: its settings, and curves by epoch; t translates words."""
+    """What pictures.toml has of it: settings, and curves with a 95% interval, or of seeds in camps."""
     axes.set(**settings)
     axes.set(title=t(axes.get_title()), xlabel=t(axes.get_xlabel()), ylabel=t(axes.get_ylabel()))
     axes.minorticks_off()
     axes.grid(grid)
-    for row_name, metric, style, label in curves:
-        draw_curve(axes, rows_of(results)[row_name]["curves"][metric], style, t(label))
-
-
-def draw_curve(axes, curves, style, label):
-    """The mean with its 95% interval by epoch; or each seed, if they fall into camps in any."""
-    epochs, percentages = range(1, len(curves) + 1), 100 * np.array(curves)
-    if any(map(camps, curves)):
-        axes.plot(epochs, percentages, style, lw=1)[0].set_label(label)
-        return
-    mean, margin = np.transpose([tuple(over_seeds(by_seed).values()) for by_seed in percentages])
-    (line,) = axes.plot(epochs, mean, style, label=label)
-    axes.fill_between(epochs, mean - margin, mean + margin, alpha=0.2, color=line.get_color())
+    for row_name, metric, line_style, label in curves:
+        shares = np.array(rows_of(results)[row_name]["curves"][metric])  # (epochs, seeds)
+        epochs = range(1, len(shares) + 1)
+        if any(map(camps, shares)):
+            axes.plot(epochs, 100 * shares, line_style, lw=1)[0].set_label(t(label))
+        else:
+            mean, error = np.transpose([[*over_seeds(each).values()] for each in 100 * shares])
+            (line,) = axes.plot(epochs, mean, line_style, label=t(label))
+            axes.fill_between(epochs, mean - error, mean + error, alpha=0.2, color=line.get_color())
 
 
 def draw_bars(axes, update, i):
@@ -116,9 +106,8 @@ def draw_groups(t, *panels):
             color = RIGHT if reward else WRONG
             axes.text(j + 0.5, i + 0.5, reward, ha="center", va="center", color=color)
         axes.bar(answer + 0.5, 1, 1, bottom=image, fill=False, edgecolor=RIGHT, linewidth=2.5)
-        advantages = grpo_mnist.group_advantages(rewards, baseline=baseline, scale_rewards="none")
-        by_hand = f"1 - {1 - advantages[framed]:.2f} = {advantages[framed]:+.2f}"
-        axes.set_title(f"--baseline {baseline}\n{by_hand}")
+        gain = grpo_mnist.group_advantages(rewards, baseline=baseline, scale_rewards="none")[framed]
+        axes.set_title(f"--baseline {baseline}\n1 - {1 - gain:.2f} = {gain:+.2f}")
 
 
 def draw_clip(t, left, right):
@@ -185,9 +174,8 @@ def draw_algorithms(t, axes):
 
 def draw_growth(t, *panels):
     growth = read_results("growth")["growth"]
-    kinds = ("num_generations", "batch_size", "width", "num_seeds")
-    for axes, kind in zip(panels, kinds, strict=True):
-        rows = growth[kind]["rows"]
+    for axes in panels:
+        rows = growth[axes.get_label()]["rows"]  # the panel's name in pictures.toml
         sizes, times = [row["size"] for row in rows], [spread(row["epoch_seconds"]) for row in rows]
         low, median, high = (np.array([x[y] for x in times]) for y in ("min", "median", "max"))
         axes.errorbar(sizes, median, (median - low, high - median), fmt="o")
@@ -216,11 +204,11 @@ def draw_all(t, suffix, directory):
 
 def main(directory=RESULTS):
     font = distribution("mpltw").locate_file("mpltw/TaipeiSansTCBeta-Regular.ttf")
-    matplotlib.font_manager.fontManager.addfont(font)
+    font_manager.fontManager.addfont(font)
     words = read_toml("chinese.toml")
-    with matplotlib.style.context(TEMPLATES / "pictures.mplstyle"):
+    with style.context(TEMPLATES / "pictures.mplstyle"):
         draw_all(str, "", directory)
-        with matplotlib.rc_context({"font.family": ["Taipei Sans TC Beta", "DejaVu Sans"]}):
+        with rc_context({"font.family": ["Taipei Sans TC Beta", "DejaVu Sans"]}):
             draw_all(lambda text: words.get(text, text), "_ch", directory)
 
 
