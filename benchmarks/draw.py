@@ -15,7 +15,7 @@ SHARES = LinearSegmentedColormap.from_list("shares", [(0.5, 0.5, 0.5, 0.0), (0.5
 
 
 def draw_panel(axes, t, grid=True, results=None, curves=(), **settings):
-    """What pictures.toml has of it: settings, and curves with a 95% interval, or of seeds in camps."""
+    """What pictures.toml has of it: settings; curves with 95% intervals, or of seeds in camps."""
     axes.set(**settings)
     axes.set(title=t(axes.get_title()), xlabel=t(axes.get_xlabel()), ylabel=t(axes.get_ylabel()))
     axes.minorticks_off()
