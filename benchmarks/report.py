@@ -14,8 +14,7 @@ import jinja2
 import numpy as np
 from common import RESULTS, ROOT, camps, spread
 
-HERE = ROOT / "benchmarks"
-TEMPLATES = HERE / "templates"
+TEMPLATES = ROOT / "benchmarks" / "templates"
 PROGRAM = ROOT / "grpo_mnist.py"
 STUDIES = ("accuracy", "breaking", "comparison", "grown", "published")  # with named rows
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
@@ -61,10 +60,6 @@ def slope(rows):
     return f"{exponent:.2f} ± {error:.2f}"
 
 
-def errors(row):
-    return [1 - accuracy for accuracy in row["test_accuracy"]]
-
-
 def environment(words):
     """The templates, with the results and this file's functions; words translate names of rows."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
@@ -74,6 +69,7 @@ def environment(words):
         "results": {path.stem: common.read_results(path.stem) for path in RESULTS.glob("*.json")},
         "rows": {name: common.rows_of(name) for name in STUDIES},
         "program": common.program_sha256(PROGRAM.read_text(encoding="utf-8")),
+        "errors": lambda row: [1 - share for share in row["test_accuracy"]],
         "percent": "{:.1%}".format,
         "t": lambda name: words.get(name, name),
     }
@@ -114,7 +110,7 @@ def pages():
     for name, words in (("README.md", {}), ("README_ch.md", read_toml("chinese.toml"))):
         templates = environment(words)
         rendered[ROOT / name] = fill((ROOT / name).read_text(encoding="utf-8"), templates)
-        rendered[HERE / name] = templates.get_template(f"{name}.jinja").render()
+        rendered[RESULTS.parent / name] = templates.get_template(f"{name}.jinja").render()
     return rendered
 
 
