@@ -50,16 +50,14 @@ def sentences():
     yield f"the critic is worth {points(ppo, grpo)} points"
     labels = rows["comparison"]["labels, tuned"]["test_accuracy"]
     yield f"trained on labels, this network reaches {by_seed(labels)} of the test images"
-    k3 = points(tutorial["KL penalty, k3"], grpo).removeprefix("-")
-    yield f"costs {k3} points](benchmarks"
+    yield f"costs {points(tutorial['KL penalty, k3'], grpo).removeprefix('-')} points](benchmarks"
     yield f"TPO {points(tutorial['TPO'], grpo)} points of test accuracy"
     yield f"DG {points(tutorial['DG, K = 4'], grpo)}."
     yield f"the batch's mean ({points(tutorial['batch-mean GRPO, G = 8'], grpo)})"
     yield f"the image's own ({points(tutorial['ratio and clip'], grpo)})"
     lost = sum(share < 0.9 for share in tutorial["baseline"]["test_accuracy"])
     yield f"{('No', 'One', 'Two', 'Three')[lost]} of five seeds still collapse"
-    quarter = tutorial["K = 1, as many updates"]["test_accuracy"]
-    assert sum(share > 0.97 for share in quarter) == 4
+    assert sum(share > 0.97 for share in tutorial["K = 1, as many updates"]["test_accuracy"]) == 4
     yield "but one of five seeds collapses"
     silent = tutorial["ratio and clip"]["curves"]["frac_reward_zero_std"]
     yield f"by the last epoch {np.mean(silent[-1]):.0%} of these groups are silent"
