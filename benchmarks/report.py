@@ -2,9 +2,8 @@
 
     python benchmarks/report.py
 
-The pages README.md and README_ch.md of this directory are rendered from templates/, which has the
-words of both languages. In the tutorial, the rows of the tables between markers are filled in, and
-the links to lines of grpo_mnist.py renewed.
+The pages of this directory are rendered from templates/. In the tutorial, the rows of the marked
+tables are filled in, and the links to lines of grpo_mnist.py renewed.
 """
 
 import re
@@ -14,47 +13,36 @@ import common
 import jinja2
 import numpy as np
 from common import RESULTS, ROOT, camps, spread
-from one_update import signed  # noqa: F401, for the templates
 
-HERE = ROOT / "benchmarks"
-TEMPLATES = HERE / "templates"
+TEMPLATES = ROOT / "benchmarks" / "templates"
 PROGRAM = ROOT / "grpo_mnist.py"
+STUDIES = ("accuracy", "breaking", "comparison", "grown", "published")  # with named rows
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n\n.*\n\|[-|]+\|\n)((?:\|.*\n)*)")
 
 
-def percent(share, digits=1):
-    return f"{share:.{digits}%}"
+def read_toml(name):
+    return tomllib.loads((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def by_seed(shares):
-    """The mean with its 95% interval; the seeds' own, if they fall into camps."""
+def by_seed(shares, each=".1%", average=".2%", as_range=False):
+    """The mean with its 95% interval, or the median with its range; each seed's, if in camps."""
     if camps(shares):
-        return ", ".join(map(percent, shares))
-    figures = common.over_seeds(shares)
-    return f"{figures['mean']:.2%} ± {figures['interval_95']:.2%}"
+        return ", ".join(f"{share:{each}}" for share in shares)
+    if as_range:
+        return median_and_range(shares, "", each)
+    mean, interval = common.over_seeds(shares).values()
+    return f"{mean:{average}} ± {interval:.2%}"
 
 
 def points(one, other):
     """The difference of two rows' test accuracies, paired by seed, in percentage points."""
     pairs = np.subtract(one["test_accuracy"], other["test_accuracy"])
-    if camps(pairs):
-        return ", ".join(f"{100 * difference:+.2f}" for difference in pairs)
-    figures = common.over_seeds(pairs)
-    mean = round(100 * figures["mean"], 2) + 0  # no minus before 0
-    return f"{mean:+.2f} ± {100 * figures['interval_95']:.2f}"
+    return by_seed(pairs, "+z.2%", "+z.2%").replace("%", "")  # z: no minus before 0
 
 
-def shares(values):
-    """The median with its range; the seeds' own, if they fall into camps."""
-    if camps(values):
-        return ", ".join(map(percent, values))
-    figures = spread(values)
-    return f"{figures['median']:.1%} ({figures['min']:.1%}-{figures['max']:.1%})"
-
-
-def seconds(values, unit="s", digits=2):
-    median, low, high = (f"{spread(values)[x]:.{digits}f}" for x in ("median", "min", "max"))
-    return f"{median} {unit} ({low}-{high})"
+def median_and_range(values, unit=" s", form=".2f"):
+    median, low, high = (f"{spread(values)[x]:{form}}" for x in ("median", "min", "max"))
+    return f"{median}{unit} ({low}-{high})"
 
 
 def ratio(timed, one, other):
@@ -62,23 +50,14 @@ def ratio(timed, one, other):
     if "ratios" in timed:
         return timed["ratios"][f"{one} / {other}"]["median"]
     times = timed.get("epoch_seconds") or timed["seconds"]
-    return float(np.median(np.divide(times[one], times[other])))
+    return np.median(np.divide(times[one], times[other]))
 
 
 def slope(rows):
     """The p of time ~ size ** p, with its standard error."""
     times = [common.median(row["epoch_seconds"]) for row in rows]
-    fit = common.fit_slope([row["size"] for row in rows], times)
-    return f"{fit['slope']:.2f} ± {fit['standard_error']:.2f}"
-
-
-def errors(row):
-    return [1 - accuracy for accuracy in row["test_accuracy"]]
-
-
-def changed_flags(command, before):
-    """The flags of a command, with their values, that the command before it does not have."""
-    return " ".join(flag for flag in re.findall(r"--\S+ \S+", command) if flag not in before)
+    exponent, error = common.fit_slope([row["size"] for row in rows], times).values()
+    return f"{exponent:.2f} ± {error:.2f}"
 
 
 def environment(words):
@@ -86,11 +65,12 @@ def environment(words):
     loader = jinja2.FileSystemLoader(TEMPLATES)
     whitespace = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     templates = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **whitespace)
-    studies = ("accuracy", "breaking", "comparison", "grown", "published")
     templates.globals |= globals() | {
         "results": {path.stem: common.read_results(path.stem) for path in RESULTS.glob("*.json")},
-        "rows": {name: common.rows_of(name) for name in studies},
+        "rows": {name: common.rows_of(name) for name in STUDIES},
         "program": common.program_sha256(PROGRAM.read_text(encoding="utf-8")),
+        "errors": lambda row: [1 - share for share in row["test_accuracy"]],
+        "percent": "{:.1%}".format,
         "t": lambda name: words.get(name, name),
     }
     return templates
@@ -104,8 +84,7 @@ def fill(text, templates):
 
     def fill_metric(row):
         """A metric with its figures in the first and the last epoch, means of the seeds."""
-        cells = row.split(" | ")
-        name = re.search(r"\w+", cells[0])[0]
+        cells, name = row.split(" | "), re.search(r"\w+", row)[0]
         if name in figures:
             kind = ".1%" if "accuracy" in name else ".2%" if "clip" in name else ".2g"
             cells[2:4] = [f"{np.mean(seeds):{kind}}" for seeds in figures[name]]
@@ -119,7 +98,7 @@ def fill(text, templates):
 
     def renew_link(link):
         (definition,) = re.finditer(rf"^(def|class) {link[1]}\b", program, re.MULTILINE)
-        line = program[: definition.end()].count("\n") + 1
+        line = program.count("\n", 0, definition.end()) + 1
         return f"[`{link[1]}`](grpo_mnist.py#L{line})"
 
     return re.sub(r"\[`(\w+)`\]\(grpo_mnist\.py#L\d+\)", renew_link, MARKED.sub(fill_table, text))
@@ -127,12 +106,11 @@ def fill(text, templates):
 
 def pages():
     """Each page and what it should be."""
-    chinese = tomllib.loads((TEMPLATES / "chinese.toml").read_text(encoding="utf-8"))
     rendered = {}
-    for name, words in (("README.md", {}), ("README_ch.md", chinese)):
+    for name, words in (("README.md", {}), ("README_ch.md", read_toml("chinese.toml"))):
         templates = environment(words)
         rendered[ROOT / name] = fill((ROOT / name).read_text(encoding="utf-8"), templates)
-        rendered[HERE / name] = templates.get_template(f"{name}.jinja").render()
+        rendered[RESULTS.parent / name] = templates.get_template(f"{name}.jinja").render()
     return rendered
 
 
