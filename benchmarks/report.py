@@ -79,7 +79,7 @@ def environment(words):
 def fill(text, templates):
     """A page of the tutorial with its tables and its links to lines of the program renewed."""
     tables = templates.get_template("tables.jinja").module
-    figures = templates.globals["rows"]["grown"]["defaults"]["first_and_last"]
+    figures = templates.globals["rows"]["breaking"]["defaults"]["first_and_last"]
     program = PROGRAM.read_text(encoding="utf-8")
 
     def fill_metric(row):

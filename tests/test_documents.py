@@ -30,7 +30,7 @@ def read(name):
 def sentences():
     """Parts of the prose with the figures that results and formulas have for them."""
     results, rows = (environment({}).globals[name] for name in ("results", "rows"))
-    machine, tutorial = results["accuracy"], rows["grown"]
+    machine, grown, compared = results["accuracy"], rows["grown"], rows["comparison"]
     defaults, original, digits = rows["accuracy"].values()
     yield f"takes about {median(defaults['seconds']):.0f} seconds on {machine['cores']} cores"
     yield f"cores ({machine['processor']}) and ends"
@@ -39,27 +39,26 @@ def sentences():
     assert min(fifth) > 0.95
     yield f"an accuracy of {digits['accuracy'][0]:.2%} and a test accuracy of"
     yield f"{digits['test_accuracy'][0]:.2%} after {median(digits['seconds']):.0f} seconds"
-    grpo, ppo = tutorial["defaults"], tutorial["PPO with critic"]
+    grpo, ppo = compared["batch-mean GRPO"], compared["PPO with critic"]
     networks = grpo_mnist.create_state(Config(baseline="critic")).networks
     actor, critic = (sum(x.size for x in jax.tree.leaves(network)) for network in networks)
     yield f"the actor has {actor:,} parameters, and the critic would add {critic:,}"
-    timed = [rows["comparison"][name] for name in ("PPO with critic", "batch-mean GRPO")]
-    seconds = [f"{median(row['epoch_seconds']):.2f} s" for row in timed]
+    seconds = [f"{median(row['epoch_seconds']):.2f} s" for row in (ppo, grpo)]
     yield f"reaches {by_seed(ppo['test_accuracy'])} here in {seconds[0]} an epoch"
     yield f"the batch as group {by_seed(grpo['test_accuracy'])} in {seconds[1]}."
     yield f"the critic is worth {points(ppo, grpo)} points"
-    labels = rows["comparison"]["labels, tuned"]["test_accuracy"]
+    labels = compared["labels, tuned"]["test_accuracy"]
     yield f"trained on labels, this network reaches {by_seed(labels)} of the test images"
-    yield f"costs {points(tutorial['KL penalty, k3'], grpo).removeprefix('-')} points](benchmarks"
-    yield f"TPO {points(tutorial['TPO'], grpo)} points of test accuracy"
-    yield f"DG {points(tutorial['DG, K = 4'], grpo)}."
-    yield f"the batch's mean ({points(tutorial['batch-mean GRPO, G = 8'], grpo)})"
-    yield f"the image's own ({points(tutorial['ratio and clip'], grpo)})"
-    lost = sum(share < 0.9 for share in tutorial["baseline"]["test_accuracy"])
+    yield f"costs {points(compared['KL penalty, k3'], grpo).removeprefix('-')} points](benchmarks"
+    yield f"TPO {points(compared['TPO'], grpo)} points of test accuracy"
+    yield f"DG {points(compared['DG, K = 4'], grpo)}."
+    yield f"the batch's mean ({points(compared['batch-mean GRPO, G = 8'], grpo)})"
+    yield f"the image's own ({points(grown['ratio and clip'], grpo)})"
+    lost = sum(share < 0.9 for share in grown["baseline"]["test_accuracy"])
     yield f"{('No', 'One', 'Two', 'Three')[lost]} of five seeds still collapse"
-    assert sum(share > 0.97 for share in tutorial["K = 1, as many updates"]["test_accuracy"]) == 4
+    assert sum(share > 0.97 for share in grown["K = 1, as many updates"]["test_accuracy"]) == 4
     yield "but one of five seeds collapses"
-    silent = tutorial["ratio and clip"]["curves"]["frac_reward_zero_std"]
+    silent = grown["ratio and clip"]["curves"]["frac_reward_zero_std"]
     yield f"by the last epoch {np.mean(silent[-1]):.0%} of these groups are silent"
     taught = rows["breaking"]["labels, the exercise's original values"]
     first, last = original["curves"]["accuracy"][0], original["accuracy"]
