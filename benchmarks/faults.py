@@ -28,7 +28,7 @@ from unittest import mock
 
 import numpy as np
 import tyro
-from common import ROOT, results_to_continue, write_results
+from common import results_to_continue, write_results
 
 import grpo_mnist
 from grpo_mnist import report_epoch
@@ -44,7 +44,7 @@ RESUME = ("--resume", "run")
 class Laboratory:
     """A directory for runs of a program, and the run among them to which nothing happens.
 
-    After resume come the faults; an exception says what is not as it should be.
+    The methods after resume are the faults; an exception says what is not as it should be.
     """
 
     def __init__(self, directory, flags=FLAGS, in_process=False):
@@ -112,7 +112,7 @@ class Laboratory:
     def crashed(self, operation, loss):
         """At an operation on the disk. Whether the run has no such operation."""
         place = self.new_place()
-        script = (ROOT / "benchmarks" / "fragile_disk.py", str(operation), loss)
+        script = (Path(__file__).with_name("fragile_disk.py"), str(operation), loss)
         status, output, errors = self.run_process(place, *self.flags, script=script)
         if status == 0:
             return True
@@ -214,7 +214,7 @@ def forge(path, change):
 
 
 def everything():
-    """(fault, promise, functions of a laboratory that try it) for each fault."""
+    """(fault, promise, attempts) for each fault; an attempt is called with a Laboratory."""
     same = "resumed, the same result"
     for number, times in ((SIGKILL, 50), (SIGINT, 10), (SIGTERM, 10)):
         promise = same if number == SIGKILL else f"ends at once, status {128 + number}; {same}"
@@ -267,7 +267,8 @@ def main(anew: bool = False):
         lab = Laboratory(directory)
         # The second run finds what the first one has compiled.
         _, seconds = timeit.repeat(lambda: lab.resume(lab.new_place()), number=1, repeat=2)
-        lab.wait = lambda _: time.sleep(random.uniform(0, seconds))
+        moments = random.Random(1)
+        lab.wait = lambda _: time.sleep(moments.uniform(0, seconds))
         for fault, promise, attempts in everything():
             if fault not in [row["fault"] for row in rows]:
                 futures = [pool.submit(attempt, lab) for attempt in attempts]

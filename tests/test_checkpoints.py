@@ -19,9 +19,9 @@ FLAGS = (  # An epoch has one step.
     "--dataset=digits --batch-size=18000 --num-iterations=1 --num-epochs=3 --num-seeds=2 "
     "--baseline=ema --beta=0.01 --ref-sync-epochs=1 --output-dir=run --data-dir=unused"
 )
-# Each of these, which start processes, is almost another one.
+# These take a process each, and are almost the same as others.
 LEFT_OUT = ("SIGKILL at a random", "SIGINT", "power cut there: contents", "output directory moved")
-FAULTS = {  # The first epoch's report ends with the 16th operation on the disk.
+FAULTS = {  # The first epoch's report ends with the 16th operation on the disk; the 17th fails.
     fault: attempts[:17][-1]
     for fault, _, attempts in faults.everything()
     if not fault.startswith(LEFT_OUT)
