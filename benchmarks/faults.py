@@ -2,77 +2,77 @@
 
 The runs train on scikit-learn's digits. After each fault the run is continued at once, by another
 process, and must end as the run to which nothing happened: with the same params_sha256, the same
-metrics but for the times, and the same files. Writes results/faults.json; what that has already for
-this very program is not tried again. tests/test_checkpoints.py tries fewer of the same.
+metrics but for the times, and the same files. Writes results/faults.json; without --anew, what it
+holds for this very program is not tried again. tests/test_checkpoints.py tries fewer of the same.
 """
 
-import argparse
 import hashlib
 import io
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 from unittest import mock
 
 import numpy as np
-from common import ROOT, results_to_continue, write_results
+import tyro
+from common import results_to_continue, write_results
 
 import grpo_mnist
 from grpo_mnist import report_epoch
 
 # Short, and with everything in it that a checkpoint can hold.
 FLAGS = (
-    *("--dataset=digits", "--num-epochs=3", "--batch-size=8192", "--num-iterations=2"),
-    *("--baseline=critic", "--beta=0.01", "--ref-sync-epochs=2", "--output-dir=run"),
+    "--dataset=digits --num-epochs=3 --batch-size=8192 --num-iterations=2 "
+    "--baseline=critic --beta=0.01 --ref-sync-epochs=2 --output-dir=run"
 )
 RESUME = ("--resume", "run")
 
 
 class Laboratory:
-    """A directory for runs of a program, and the run among them to which nothing happens."""
+    """A directory for runs of a program, and the run among them to which nothing happens.
+
+    The methods after resume are the faults; an exception says what is not as it should be.
+    """
 
     def __init__(self, directory, flags=FLAGS, in_process=False):
-        self.directory, self.flags, self.program = Path(directory), flags, grpo_mnist
+        self.directory, self.flags, self.program = Path(directory), flags.split(), grpo_mnist
         self.run = self.run_here if in_process else self.run_process
+        self.wait = partial(read_until, beginning="Output: ")  # for a signal
+        (self.directory / "epoch-0").mkdir()
         self.finished = self.new_place()
 
-        def copy(epoch):
-            shutil.copytree(self.finished, self.directory / f"epoch-{epoch}")
+        def report_and_copy(config, history, run_dir):
+            report_epoch(config, history, run_dir)
+            shutil.copytree(self.finished, self.directory / f"epoch-{len(history)}")
 
-        status, _, errors = self.run_here(self.finished, *flags, after_epoch=copy)
+        with mock.patch.object(grpo_mnist, "report_epoch", report_and_copy):
+            status, _, errors = self.run_here(self.finished, *self.flags)
         assert status == 0, errors
         self.expected = outcome(self.finished)
 
-    def new_place(self, epoch=None):
+    def new_place(self, epoch=0):
         """A new working directory for a run, empty or as it was after an epoch."""
-        place = Path(tempfile.mkdtemp(dir=self.directory))
-        if epoch:
-            shutil.copytree(self.directory / f"epoch-{epoch}", place, dirs_exist_ok=True)
-        return place
+        place = tempfile.mkdtemp(dir=self.directory)
+        return Path(shutil.copytree(self.directory / f"epoch-{epoch}", place, dirs_exist_ok=True))
 
-    def run_here(self, place, *flags, after_epoch=lambda epoch: None):
+    def run_here(self, place, *flags, **options):
         """Runs the program in this process: its status, standard output and standard error."""
-
-        def report_and_call(config, history, run_dir):
-            report_epoch(config, history, run_dir)
-            after_epoch(len(history))
-
         output, errors = io.StringIO(), io.StringIO()
-        patch = mock.patch.object(self.program, "report_epoch", report_and_call)
-        with patch, chdir(place), redirect_stdout(output), redirect_stderr(errors):
-            status = self.program.main(flags)
+        with chdir(place), redirect_stdout(output), redirect_stderr(errors):
+            status = self.program.main(flags, **options)
         return status, output.getvalue(), errors.getvalue()
 
     def run_process(self, place, *flags, script=(), wait=lambda _: None, number=0, timeout=300):
@@ -96,17 +96,14 @@ class Laboratory:
         assert outcome(place) == self.expected, place
         shutil.rmtree(place)
 
-    # --- the faults; an exception says what is not as it should be ---
-
-    def stopped(self, number, wait):
-        """By a signal, after wait(process)."""
+    def stopped(self, number):
+        """By a signal."""
         place = self.new_place()
-        result = self.run_process(place, *self.flags, wait=wait, number=number, timeout=2)
+        result = self.run_process(place, *self.flags, wait=self.wait, number=number, timeout=2)
         status, output, errors = result
         begun = (place / "run" / "config.json").exists()
         if status == 128 + number:
-            hint = "; resume with: " if begun else "\n"
-            check_refusal(result, status, f"stopped by {number.name}{hint}")
+            check_refusal(result, status, f"stopped by {number.name}" + "; resume with: " * begun)
         else:  # It is over, or the system has ended it: by SIGKILL, during the imports, at the end.
             assert (errors, status in (0, -number)) == ("", True), result
             assert "completed! ---" in output or number == SIGKILL or not begun, result
@@ -115,7 +112,7 @@ class Laboratory:
     def crashed(self, operation, loss):
         """At an operation on the disk. Whether the run has no such operation."""
         place = self.new_place()
-        script = (ROOT / "benchmarks" / "fragile_disk.py", str(operation), loss)
+        script = (Path(__file__).with_name("fragile_disk.py"), str(operation), loss)
         status, output, errors = self.run_process(place, *self.flags, script=script)
         if status == 0:
             return True
@@ -136,50 +133,28 @@ class Laboratory:
         newest.write_bytes(whole)
         self.resume(place, already=epoch)
 
-    def not_a_number(self):
-        """The second epoch begins with NaN among the parameters; nothing is written."""
-        bias, words = "networks.actor.output.bias.value", ("epoch 2, seed 0: not finite: ", "loss")
-        spoil = partial(forge, change=lambda _, arrays: arrays[bias].fill(np.nan))
-        self.tampered(spoil, *words, "actor.hidden_1.kernel.value", epoch=1, status=1)
-
-    def full_disk(self):
-        """After the first epoch, the system refuses a larger checkpoint."""
+    def unwritable(self, prevent, reason, mend):
+        """After the first epoch, a command prevents the next checkpoint; another mends that."""
         place = self.new_place(epoch=1)
-        size = (place / "run/checkpoints/epoch-1.npz").stat().st_size + 1000
+        shell = partial(subprocess.run, shell=True, cwd=place, check=True)
 
-        def limit(process):
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+        def wait(process):
+            read_until(process, "Epoch 1/")  # Then it compiles the step.
+            shell(prevent.format(pid=process.pid))
 
-        result = self.run_process(place, *RESUME, wait=limit)
-        check_refusal(result, 1, "run/checkpoints/epoch-2.npz: File too large; mend that, and")
-        self.resume(place, already=1)
-
-    def moved_away(self, leave_a_file):
-        """After the first epoch the output directory goes, or a file takes its place."""
-        place = self.new_place()
-        run, elsewhere = place / "run", place / "elsewhere"
-
-        def move(epoch):
-            run.rename(elsewhere)
-            if leave_a_file:
-                run.touch()
-
-        result = self.run_here(place, *self.flags, after_epoch=move)
-        reason = "Not a directory" if leave_a_file else "No such file or directory"
+        result = self.run_process(place, *RESUME, wait=wait)
         check_refusal(result, 1, f"cannot write run/checkpoints/epoch-2.npz: {reason}; ")
-        run.unlink(missing_ok=not leave_a_file)
-        elsewhere.rename(run)
+        shell(mend)
         self.resume(place, already=1)
 
     def second_run(self):
-        """After the first epoch of one, another in its directory is refused, and does no harm."""
-        place = self.new_place()
+        """Another run in the directory of one is refused, and does no harm."""
+        place = self.new_place(epoch=1)
 
-        def start_another(epoch):
-            if epoch == 1:
-                check_refusal(self.run(place, *RESUME), 2, "another run is using it")
+        def start_another(_):
+            check_refusal(self.run(place, *RESUME), 2, "another run is using it")
 
-        status, _, errors = self.run_here(place, *self.flags, after_epoch=start_another)
+        status, _, errors = self.run_here(place, *RESUME, on_start=start_another)
         assert status == 0, errors
         assert outcome(place) == self.expected, place
 
@@ -187,7 +162,8 @@ class Laboratory:
 def check_refusal(result, status, *words):
     """A run must have ended with the status, and one line on standard error with the words."""
     assert (result[0], result[2].count("\n")) == (status, 1), result
-    assert all(word in result[2] for word in ("grpo_mnist.py: ", *words)), result
+    assert result[2].startswith("grpo_mnist.py: "), result
+    assert all(word in result[2] for word in words), result
 
 
 def read_until(process, beginning):
@@ -214,8 +190,15 @@ def outcome(place):
     return texts, (run / "curves.png").read_bytes(), names
 
 
-def flip(path, bit):
+def cut(path, part):
+    """Leaves the first part of a file, at most all but a byte."""
+    os.truncate(path, round(part * (path.stat().st_size - 1)))
+
+
+def flip(path, part):
+    """Flips the bit that comes after the first part of a file."""
     content = bytearray(path.read_bytes())
+    bit = int(part * 8 * len(content))
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
 
@@ -230,34 +213,23 @@ def forge(path, change):
     path.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
 
-def everything(lab):
-    """(fault, promise, functions that try it) for each fault."""
-    for _ in range(2):  # The second run finds what the first one has compiled.
-        began = time.perf_counter()
-        lab.resume(lab.new_place())
-    seconds = time.perf_counter() - began
-    moments = random.Random(1)
-
-    def pause(_):
-        time.sleep(moments.uniform(0, seconds))
-
+def everything():
+    """(fault, promise, attempts) for each fault; an attempt is called with a Laboratory."""
     same = "resumed, the same result"
-    yield "SIGKILL at a random moment", same, [partial(lab.stopped, SIGKILL, pause)] * 50
-    for number in (SIGINT, SIGTERM):
-        fault, promise = f"{number.name} at a random moment", f"ends at once, status {128 + number}"
-        yield fault, f"{promise}; {same}", [partial(lab.stopped, number, pause)] * 10
+    for number, times in ((SIGKILL, 50), (SIGINT, 10), (SIGTERM, 10)):
+        promise = same if number == SIGKILL else f"ends at once, status {128 + number}; {same}"
+        attempts = [methodcaller("stopped", number)] * times
+        yield f"{number.name} at a random moment", promise, attempts
     for loss, fault in (
         ("nothing", "SIGKILL at the n-th write, fsync, rename or unlink, every n"),
         ("contents", "power cut there: contents not synced are lost"),
         ("all", "power cut there: names not synced are lost too"),
     ):
-        yield fault, same, [partial(lab.crashed, n, loss) for n in range(1, 60)]
-    resumed = [partial(lab.tampered, os.stat, f"Resumed: {n} of", epoch=n) for n in (1, 2, 3)]
+        yield fault, same, [methodcaller("crashed", n, loss) for n in range(1, 60)]
+    resumed = [methodcaller("tampered", os.stat, f"Resumed: {n} of", epoch=n) for n in (1, 2, 3)]
     yield "resumed after each epoch", same, resumed
-    size = (lab.directory / "epoch-2/run/checkpoints/epoch-2.npz").stat().st_size
-    lengths = np.linspace(0, size - 1, 17, dtype=int).tolist()
-    empty, *cuts = [partial(os.truncate, length=length) for length in lengths]
-    flips = [partial(flip, bit=bit) for bit in random.Random(0).sample(range(8 * size), 200)]
+    empty, *cuts = [partial(cut, part=part) for part in np.linspace(0, 1, 17)]
+    flips = [partial(flip, part=part) for part in np.random.default_rng(0).random(200)]
     both = [lambda path, x=x: [*map(x, path.parent.iterdir())] for x in (cuts[0], flips[0])]
     new = partial(forge, change=lambda header, _: header.update(format=3))
     old = partial(forge, change=lambda header, _: header["facts"]["versions"].update(jax="0.4.1"))
@@ -271,34 +243,42 @@ def everything(lab):
         ("checkpoint of a newer format", "one line with both, status 2", [new], "3, not 2", 2),
         ("checkpoint of another library version", "a notice with both", [old], "was 0.4.1, is", 0),
     ):
-        yield fault, promise, [partial(lab.tampered, x, said, status=status) for x in tampers]
+        yield fault, promise, [methodcaller("tampered", x, said, status=status) for x in tampers]
     stop = f"one line, status 1; {same}"
-    yield "disk full", stop, [lab.full_disk]
-    yield "output directory moved away", stop, [partial(lab.moved_away, leave_a_file=False)]
-    yield "a file in its place", stop, [partial(lab.moved_away, leave_a_file=True)]
-    yield "NaN in the parameters", stop, [lab.not_a_number]
+    nan = partial(forge, change=lambda _, x: x["networks.actor.output.bias.value"].fill(np.nan))
+    words = ("epoch 2, seed 0: not finite: ", "loss", "actor.hidden_1.kernel.value")
+    yield "NaN in the parameters", stop, [methodcaller("tampered", nan, *words, epoch=1, status=1)]
+    for fault, *how in (  # what prevents writing, the reason that is given, and what mends it
+        ("disk full", "prlimit --fsize=1000000 --pid={pid}", "File too large", "true"),
+        ("output directory moved away", "mv run away", "No such file or directory", "mv away run"),
+        ("a file in its place", "mv run away; touch run", "Not a directory", "rm run; mv away run"),
+    ):
+        yield fault, stop, [methodcaller("unwritable", *how)]
     promise = "one line, status 2; the first is not disturbed"
-    yield "a second run in the directory", promise, [lab.second_run]
+    yield "a second run in the directory", promise, [methodcaller("second_run")]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--anew", action="store_true", help="try again what was tried before")
-    rows = results_to_continue("faults", parser.parse_args().anew).get("rows", [])
+def main(anew: bool = False):
+    rows = results_to_continue("faults", anew).get("rows", [])
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{directory}/compiled"
         os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # With a limit, it has a lock.
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        for fault, promise, attempts in everything(Laboratory(directory)):
+        lab = Laboratory(directory)
+        # The second run finds what the first one has compiled.
+        _, seconds = timeit.repeat(lambda: lab.resume(lab.new_place()), number=1, repeat=2)
+        moments = random.Random(1)
+        lab.wait = lambda _: time.sleep(moments.uniform(0, seconds))
+        for fault, promise, attempts in everything():
             if fault not in [row["fault"] for row in rows]:
-                futures = [pool.submit(attempt) for attempt in attempts]
+                futures = [pool.submit(attempt, lab) for attempt in attempts]
                 outcomes = [future.exception() or future.result() for future in futures]
                 tried = [each for each in outcomes if each is not True]
                 print(fault, *filter(None, tried), sep="\n", flush=True)
                 counts = {"tried": len(tried), "kept": tried.count(None)}
                 rows.append({"fault": fault, "promise": promise} | counts)
-                write_results("faults", {"flags": " ".join(FLAGS), "rows": rows})
+                write_results("faults", {"flags": FLAGS, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -3,12 +3,9 @@
     python benchmarks/fragile_disk.py N LOSS PROGRAM flags of the program ...
 
 An operation is a write, fsync, rename or unlink below the working directory, which must be empty
-at first. A write, which comes before the fsync of a file, stops halfway. LOSS is what the failure
-takes with it:
-
-    nothing    as when a process is killed: what the system was told, it keeps
-    contents   as when the power goes: files whose content was not synced are empty
-    all        and a directory has the names that it had when it was last synced, or none
+at first. A write, which comes before the fsync of a file, stops halfway. LOSS is nothing, as when
+a process is killed; contents, as when the power goes: files that were not synced are empty; or
+all: a directory also has the names that it had when it was last synced, or none.
 """
 
 import os
@@ -24,10 +21,8 @@ class FragileDisk:
     """Stands between the program and the operating system, and knows what was synced."""
 
     def __init__(self, crash_at, loss):
-        self.operations_left = crash_at
-        self.loss = loss
-        self.contents = {}  # by file
-        self.names = {}  # by directory: {path: the content of the file, None for a directory}
+        self.operations_left, self.loss = crash_at, loss
+        self.synced = {}  # by file: its content; by directory: such contents, None for directories
 
     def fsync(self, system_fsync, descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -36,19 +31,16 @@ class FragileDisk:
         self.operation()
         system_fsync(descriptor)
         if path.is_file():
-            self.contents[path] = path.read_bytes()
+            self.synced[path] = path.read_bytes()
         else:
-            self.sync_names(path)
-
-    def sync_names(self, directory):
-        names = {path: self.contents.get(path, b"") for path in directory.iterdir()}
-        self.names[directory] = names | {path: None for path in names if path.is_dir()}
+            inside = {each: self.synced.get(each, b"") for each in path.iterdir()}
+            self.synced[path] = inside | {each: None for each in inside if each.is_dir()}
 
     def change_name(self, system_change, old, *new, **options):
         if (path := Path(old).absolute()).is_relative_to(Path.cwd()):
             self.operation()
-            content = self.contents.pop(path, b"")
-            self.contents |= {Path(path).absolute(): content for path in new}
+            content = self.synced.pop(path, b"")
+            self.synced |= {Path(path).absolute(): content for path in new}
         system_change(old, *new, **options)
 
     def operation(self, half_written=None):
@@ -56,18 +48,18 @@ class FragileDisk:
         if self.operations_left == 0:
             if half_written:
                 os.truncate(half_written, half_written.stat().st_size // 2)
+            place = Path.cwd()
             if self.loss == "contents":
-                for directory, _, _ in os.walk(Path.cwd()):
-                    self.sync_names(Path(directory))
-            if self.loss != "nothing":
-                for path in Path.cwd().iterdir():
-                    shutil.rmtree(path)
-                self.restore(Path.cwd())
-            os.kill(os.getpid(), signal.SIGKILL)
+                for path in filter(Path.is_file, place.rglob("*")):
+                    path.write_bytes(self.synced.get(path, b""))
+            if self.loss == "all":
+                shutil.rmtree(place)
+                self.restore(place)
+            signal.raise_signal(signal.SIGKILL)
 
     def restore(self, directory):
-        directory.mkdir(exist_ok=True)
-        for path, content in self.names.get(directory, {}).items():
+        directory.mkdir()
+        for path, content in self.synced.get(directory, {}).items():
             if content is None:
                 self.restore(path)
             else:

@@ -122,13 +122,6 @@ def run_program(*flags, **options):
     return process.returncode, output, errors
 
 
-def assert_one_line_error(errors, *words):
-    """One line on standard error that holds the words, and no traceback."""
-    assert len(errors.splitlines()) == 1, errors
-    assert errors.startswith("grpo_mnist.py: ")
-    assert all(word in errors for word in words), errors
-
-
 def flag(field):
     return "--" + field.replace("_", "-")
 
@@ -149,7 +142,6 @@ def edited_program(path, *edits):
         assert text.count(before) == 1, before
         text = text.replace(before, after)
     path.write_text(text)
-    return path
 
 
 def read_history(run):

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, flag, run_program, set_proxy, start_program, tree
-from faults import read_until
+from conftest import ROOT, flag, run_program, set_proxy, start_program, tree
+from faults import check_refusal, read_until
 
 from grpo_mnist import Config, UsageError, main, parse_flags
 
@@ -73,9 +73,9 @@ def test_bad_input_is_refused_in_one_line(flags, tmp_path, monkeypatch, capfd):
     Path("a-run").mkdir()
     Path("a-run/metrics.jsonl").touch()
     before = tree(tmp_path)
-    status, (output, errors) = main([*DIGITS, *flags.split()]), capfd.readouterr()
-    assert (status, output) == (2, "")
-    assert_one_line_error(errors, WRONG[flags])
+    status, output, errors = main([*DIGITS, *flags.split()]), *capfd.readouterr()
+    check_refusal((status, output, errors), 2, WRONG[flags])
+    assert output == ""
     assert "memory" not in errors  # as it is not the cause
     assert tree(tmp_path) == before
     assert Path("a-file").read_text() == "mine"
@@ -84,9 +84,9 @@ def test_bad_input_is_refused_in_one_line(flags, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("platform", ["cuda", "abacus"])
 def test_devices_that_do_not_exist_are_refused_in_one_line(platform, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", platform)
-    status, output, errors = run_program(*DIGITS)
-    assert (status, output) == (2, "")
-    assert_one_line_error(errors, platform)
+    result = run_program(*DIGITS)
+    check_refusal(result, 2, platform)
+    assert result[1] == ""
     assert tree(tmp_path) == []
 
 
@@ -201,8 +201,7 @@ def test_a_reader_that_leaves():
         assert process.stdout.readline().startswith("Starting GRPO")
         process.stdout.close()
         errors = process.stderr.read()
-    assert process.returncode == 1
-    assert_one_line_error(errors, "Broken pipe")
+    check_refusal((process.returncode, "", errors), 1, "Broken pipe")
 
 
 WITHOUT_POSIX = """

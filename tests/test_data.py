@@ -13,7 +13,8 @@ import threading
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, changed, find_mnist, set_proxy, tree
+from conftest import ROOT, changed, find_mnist, set_proxy, tree
+from faults import check_refusal
 
 import grpo_mnist
 from grpo_mnist import Config, DataUnavailable, RunError, load_dataset, main
@@ -129,11 +130,10 @@ def test_a_damaged_file_is_named_and_not_trained_on(fault, manual):
 def test_a_missing_file_is_named_unless_digits_will_do(manual, digits, capfd):
     (manual / TEST_IMAGES).unlink()
     before = tree(manual)
-    assert main(["--dataset=mnist", "--data-dir=data"]) == 1
-    output, errors = capfd.readouterr()
-    assert output == ""
+    result = main(["--dataset=mnist", "--data-dir=data"]), *capfd.readouterr()
     words = (f"fetch {TEST_IMAGES} from https://", "into data/downloads/manual/mnist")
-    assert_one_line_error(errors, "mnist cannot be had", *words)
+    check_refusal(result, 1, "mnist cannot be had", *words)
+    assert result[1] == ""
     jax.tree.map(np.testing.assert_array_equal, load_dataset("auto", "data")[1:], digits[1:])
     assert tree(manual) == before
     first, second = capfd.readouterr().out.splitlines()

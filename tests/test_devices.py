@@ -7,8 +7,9 @@ import sys
 import devices
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, read_json, start_program, tree
+from conftest import read_json, start_program, tree
 from devices import PROGRAM, compare, environment, finish, params_sha256, start_processes
+from faults import check_refusal
 
 import grpo_mnist
 
@@ -77,8 +78,9 @@ def test_what_cannot_work_is_refused(recorded):
     """A batch that cannot be divided, and processes whose flags or histories differ."""
     (_, eight, two), ((output, errors, status),), (statuses, *ended) = recorded
     assert (output, status) == ("2\n", 2)
-    for line, divisor in zip(errors.splitlines(), DIVISORS.values(), strict=True):
-        assert_one_line_error(line, f"a multiple of {divisor} (devices x --num-minibatches) and at")
+    for line, divisor in zip(errors.splitlines(keepends=True), DIVISORS.values(), strict=True):
+        word = f"a multiple of {divisor} (devices x --num-minibatches) and at"
+        check_refusal((status, output, line), 2, word)
     assert tree(eight) == ["1.npz"]
     assert statuses == "2 1 1 0\n"
     for _, errors, _ in ended:
