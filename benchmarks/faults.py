@@ -137,14 +137,9 @@ class Laboratory:
         """After the first epoch, a command prevents the next checkpoint; another mends that."""
         place = self.new_place(epoch=1)
         shell = partial(subprocess.run, shell=True, cwd=place, check=True)
-
-        def wait(process):
-            read_until(process, "Epoch 1/")  # Then it compiles the step.
-            shell(prevent.format(pid=process.pid))
-
-        result = self.run_process(place, *RESUME, wait=wait)
-        check_refusal(result, 1, f"cannot write run/checkpoints/epoch-2.npz: {reason}; ")
+        result = self.run_here(place, *RESUME, on_start=lambda _: shell(prevent))
         shell(mend)
+        check_refusal(result, 1, "cannot write run/", f": {reason}; mend that, and ")
         self.resume(place, already=1)
 
     def second_run(self):
@@ -248,8 +243,9 @@ def everything():
     nan = partial(forge, change=lambda _, x: x["networks.actor.output.bias.value"].fill(np.nan))
     words = ("epoch 2, seed 0: not finite: ", "loss", "actor.hidden_1.kernel.value")
     yield "NaN in the parameters", stop, [methodcaller("tampered", nan, *words, epoch=1, status=1)]
+    limit = "prlimit --pid=$PPID --fsize={}:"  # of the file size of this process
     for fault, *how in (  # what prevents writing, the reason that is given, and what mends it
-        ("disk full", "prlimit --fsize=1000000 --pid={pid}", "File too large", "true"),
+        ("disk full", limit.format(10**6), "File too large", limit.format("unlimited")),
         ("output directory moved away", "mv run away", "No such file or directory", "mv away run"),
         ("a file in its place", "mv run away; touch run", "Not a directory", "rm run; mv away run"),
     ):
