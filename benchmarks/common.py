@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 from importlib.metadata import version
@@ -88,18 +87,6 @@ def results_to_continue(name, anew=False):
     return there if same else {}
 
 
-def spread(values):
-    """The median with its range, and how many there were; what is a spread already stays one."""
-    if isinstance(values, dict):
-        return values
-    middle = statistics.median(values)
-    return {"median": middle, "min": min(values), "max": max(values), "n": len(values)}
-
-
-def median(values):
-    return spread(values)["median"]
-
-
 def over_seeds(by_seed):
     """The mean over the seeds, with its 95% interval by Student's t."""
     figures = grpo_mnist.over_seeds({"accuracy": by_seed})
@@ -154,20 +141,12 @@ def train_in_memory(dataset, config):
     return [grpo_mnist.end_epoch(config, dataset, *epoch) for epoch in epochs]
 
 
-def time_next(epochs):
-    """The seconds until an iterator gives the next epoch."""
-    began = time.perf_counter()
-    next(epochs)
-    return time.perf_counter() - began
-
-
 def take_turns(turns, repeats):
     """What each turn gives, round by round; the first round is not counted."""
-    by_round = []
+    given = {name: [] for name in turns}
     for number in range(repeats + 1):
-        by_round.append({})
         for name, turn in turns.items():
-            by_round[-1][name] = turn()
+            given[name].append(turn())
             time.sleep(0.3)  # for threads that spin a while after their work
         print(f"round {number} of {repeats}", flush=True)
-    return {name: [given[name] for given in by_round[1:]] for name in turns}
+    return {name: of_rounds[1:] for name, of_rounds in given.items()}

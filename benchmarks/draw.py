@@ -3,7 +3,7 @@
 from importlib.metadata import distribution
 
 import numpy as np
-from common import RESULTS, camps, grpo_mnist, over_seeds, read_results, rows_of, spread
+from common import RESULTS, camps, grpo_mnist, over_seeds, read_results, rows_of
 from matplotlib import font_manager, rc_context, style
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -176,8 +176,8 @@ def draw_growth(t, *panels):
     growth = read_results("growth")["growth"]
     for axes in panels:
         rows = growth[axes.get_label()]["rows"]  # the panel's name in pictures.toml
-        sizes, times = [row["size"] for row in rows], [spread(row["epoch_seconds"]) for row in rows]
-        low, median, high = (np.array([x[y] for x in times]) for y in ("min", "median", "max"))
+        sizes, times = [row["size"] for row in rows], [row["epoch_seconds"] for row in rows]
+        low, median, high = np.quantile(times, (0, 0.5, 1), axis=1)
         axes.errorbar(sizes, median, (median - low, high - median), fmt="o")
         line = np.polyfit(np.log(sizes), np.log(median), 1)
         axes.plot(sizes, np.exp(np.polyval(line, np.log(sizes))), "--", color=NEUTRAL, lw=1)

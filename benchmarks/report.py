@@ -8,11 +8,12 @@ tables are filled in, and the links to lines of grpo_mnist.py renewed.
 
 import re
 import tomllib
+from statistics import median
 
 import common
 import jinja2
 import numpy as np
-from common import RESULTS, ROOT, camps, spread
+from common import RESULTS, ROOT, camps
 
 TEMPLATES = ROOT / "benchmarks" / "templates"
 PROGRAM = ROOT / "grpo_mnist.py"
@@ -41,21 +42,18 @@ def points(one, other):
 
 
 def median_and_range(values, unit=" s", form=".2f"):
-    median, low, high = (f"{spread(values)[x]:{form}}" for x in ("median", "min", "max"))
-    return f"{median}{unit} ({low}-{high})"
+    return f"{median(values):{form}}{unit} ({min(values):{form}}-{max(values):{form}})"
 
 
 def ratio(timed, one, other):
-    """The median of the ratios, round by round; an older result holds these, and not the rounds."""
-    if "ratios" in timed:
-        return timed["ratios"][f"{one} / {other}"]["median"]
+    """The median of the ratios, round by round."""
     times = timed.get("epoch_seconds") or timed["seconds"]
-    return np.median(np.divide(times[one], times[other]))
+    return median(np.divide(times[one], times[other]))
 
 
 def slope(rows):
     """The p of time ~ size ** p, with its standard error."""
-    times = [common.median(row["epoch_seconds"]) for row in rows]
+    times = [median(row["epoch_seconds"]) for row in rows]
     exponent, error = common.fit_slope([row["size"] for row in rows], times).values()
     return f"{exponent:.2f} ± {error:.2f}"
 

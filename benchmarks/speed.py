@@ -3,9 +3,9 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py speed|growth --data-dir DIR [--repeats 5] [--anew]
 
-speed: an epoch of the trainer beside one of its bare matrix products, of the same algorithm in
-PyTorch, and of the same network without jit; then whole programs, and their first steps, compiled
-anew each time, except for "ours, cached". growth: an epoch while one thing grows.
+speed: an epoch of the trainer beside one of its bare matrix products, and of the same algorithm in
+PyTorch; then whole programs, and their first steps, compiled anew each time, except for "ours,
+cached". growth: an epoch while one thing grows.
 
 All that is compared takes turns, round by round, so that whatever else the machine does falls on
 all of it; each contestant is a process of its own. DIR/downloads/manual holds MNIST.
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,8 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from common import ROOT, grpo_mnist
-from flax import nnx
 from tyro.conf import Positional
 
 TARGET = 97.34  # percent of an epoch's sampled answers
@@ -78,34 +77,6 @@ def products(dataset, config):
         yield jax.block_until_ready(weights)
 
 
-def without_jit(dataset, config):
-    """The way a first attempt looks: NNX, and every operation by itself."""
-    actor = grpo_mnist.Actor(784, 10, rngs=nnx.Rngs(0))
-    num_updates = config.num_epochs * (TRAINING_IMAGES // config.batch_size) * config.num_iterations
-    schedule = optax.cosine_decay_schedule(config.learning_rate, num_updates)
-    optimizer = nnx.Optimizer(actor, optax.adam(schedule), wrt=nnx.Param)
-    rngs = nnx.Rngs(1)
-
-    def loss_fn(actor, images, actions, old_log_probs, advantages):
-        log_probs = actor(images).log_prob(actions)
-        return grpo_mnist.ppo_clip_loss(log_probs, old_log_probs, advantages, 0.2, 0.2)
-
-    for epoch in itertools.count(1):
-        accuracies = []
-        for (images,), (labels,) in grpo_mnist.batches(config, dataset, epoch):
-            images = jnp.asarray(images, jnp.float32) / 255
-            policy = actor(images)
-            actions = policy.sample(seed=rngs())
-            old_log_probs = policy.log_prob(actions)
-            rewards = (actions == labels).astype(jnp.float32)
-            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-            for _ in range(config.num_iterations):
-                learned = images, actions, old_log_probs, advantages
-                optimizer.update(actor, nnx.grad(loss_fn)(actor, *learned))
-            accuracies.append(rewards.mean())
-        yield jax.block_until_ready(accuracies)
-
-
 def pytorch(options, dataset, config):
     import torch
     from pytorch_grpo import Learner
@@ -116,7 +87,7 @@ def pytorch(options, dataset, config):
         yield learner.train_epoch()
 
 
-CONTESTANTS = {"ours": common.main_loop, "products": products, "without jit": without_jit}
+CONTESTANTS = {"ours": common.main_loop, "products": products}
 CONTESTANTS |= {name: functools.partial(pytorch, PYTORCH[name]) for name in PYTORCH}
 
 
@@ -129,7 +100,7 @@ def epochs_of(contestant, width=None, **settings):
 
 
 def time_epoch(contestant, **settings):
-    return common.time_next(epochs_of(contestant, **settings))
+    return timeit.timeit(lambda: next(epochs_of(contestant, **settings)), number=1)
 
 
 def start(processes, contestant, **settings):

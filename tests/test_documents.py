@@ -3,12 +3,13 @@
 import re
 import shlex
 from importlib.metadata import requires, version
+from statistics import median
 
 import jax
 import numpy as np
 import pytest
 import tyro
-from common import median, rows_of
+from common import rows_of
 from conftest import METRICS, ROOT, flag
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
