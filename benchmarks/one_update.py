@@ -6,13 +6,13 @@ The numbers are those of the first batch of COMMAND, from the trainer's own func
 --write, they go into results/one_update.json.
 """
 
-import argparse
 import shlex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from common import grpo_mnist, write_results
 
 # A seed with a silent group between two others, and a step so small that clipping begins slowly.
@@ -63,7 +63,7 @@ def first_update():
     for _ in range(config.num_iterations):
         networks, optimizer_state, figures = one_round(networks, optimizer_state, rollout)
         rounds.append(figures)
-    rewards = rollout.rewards
+    rewards, batch = rollout.rewards, {"baseline": "batch", "scale_rewards": "batch"}
     update = {
         "labels": labels,
         "answers": rollout.actions,
@@ -71,9 +71,7 @@ def first_update():
         "means": rewards.mean(axis=1),
         "deviations": rewards.std(axis=1),
         "advantages": rollout.advantages,
-        "batch_advantages": grpo_mnist.group_advantages(
-            rewards, baseline="batch", scale_rewards="batch"
-        ),
+        "batch_advantages": grpo_mnist.group_advantages(rewards, **batch),
         "rounds": rounds,
         "probabilities_after": networks.actor(rollout.images).probs_parameter(),
     }
@@ -105,15 +103,12 @@ def signed(loss):
     return f"{round(loss, 4) + 0:+.4f}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
+def main(write: bool = False):
     update = first_update()
     print("\n".join(describe(update)))
-    if options.write:
+    if write:
         write_results("one_update", update)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
