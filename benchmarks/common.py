@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy.stats import linregress
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -91,12 +90,6 @@ def over_seeds(by_seed):
     """The mean over the seeds, with its 95% interval by Student's t."""
     figures = grpo_mnist.over_seeds({"accuracy": by_seed})
     return {"mean": figures["accuracy"], "interval_95": figures["interval_95"]["accuracy"]}
-
-
-def fit_slope(sizes, times):
-    """The p of time ~ size ** p, by least squares on the logarithms, with its standard error."""
-    fit = linregress(np.log(sizes), np.log(times))
-    return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
 
 def camps(by_seed):

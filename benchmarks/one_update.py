@@ -94,13 +94,8 @@ def describe(update):
             ratios = "".join(f"{ratio:7.3f}{'*' if clipped else ' '}" for ratio, clipped in pairs)
             yield f"  {f'ratios, round {number}':18}{ratios}"
     for number, each in enumerate(update["rounds"], start=1):
-        yield f"round {number}: loss {signed(each['loss'])}, gradient norm {each['grad_norm']:.3f}"
+        yield f"round {number}: loss {each['loss']:+z.4f}, gradient norm {each['grad_norm']:.3f}"
     yield "*: clipped, no gradient from this answer"
-
-
-def signed(loss):
-    """Four decimals; no minus before a 0 that is one but for rounding."""
-    return f"{round(loss, 4) + 0:+.4f}"
 
 
 def main(write: bool = False):

@@ -14,6 +14,7 @@ import common
 import jinja2
 import numpy as np
 from common import RESULTS, ROOT, camps
+from scipy.stats import linregress
 
 TEMPLATES = ROOT / "benchmarks" / "templates"
 PROGRAM = ROOT / "grpo_mnist.py"
@@ -52,10 +53,10 @@ def ratio(timed, one, other):
 
 
 def slope(rows):
-    """The p of time ~ size ** p, with its standard error."""
+    """The p of time ~ size ** p, by least squares on the logarithms, with its standard error."""
     times = [median(row["epoch_seconds"]) for row in rows]
-    exponent, error = common.fit_slope([row["size"] for row in rows], times).values()
-    return f"{exponent:.2f} ± {error:.2f}"
+    fit = linregress(np.log([row["size"] for row in rows]), np.log(times))
+    return f"{fit.slope:.2f} ± {fit.stderr:.2f}"
 
 
 def environment(words):

@@ -20,14 +20,7 @@ from grpo_mnist import Config, cispo_loss, dg_loss, ppo_clip_loss
 COMBINATIONS = list(itertools.product(grpo_mnist.BASELINES, grpo_mnist.SCALES))
 
 
-# --- Rewards and advantages ---
-
-
-def test_rewards_by_hand():
-    actions = np.array([[3, 7, 3], [0, 1, 2]])
-    rewards = grpo_mnist.calculate_rewards(actions, np.array([3, 2]))
-    assert rewards.dtype == jnp.float32
-    assert rewards.tolist() == [[1, 0, 1], [0, 0, 1]]
+# --- Advantages ---
 
 
 def advantages_of(rewards, baseline, scale_rewards, **options):
@@ -436,6 +429,7 @@ def test_the_step_against_a_numpy_learner(name, dataset, steps):
     np.testing.assert_allclose(rollout.old_log_probs, old_log_probs, atol=1e-5)
     right = np.equal(actions, dataset.train_labels[:B].reshape(B, 1)).astype(float)
     np.testing.assert_array_equal(rollout.rewards, right)
+    assert rollout.rewards.dtype == jnp.float32
     assert metrics["accuracy"] == metrics["reward"] == pytest.approx(right.mean())
     assert metrics["reward_std"] == pytest.approx(right.std(), abs=1e-6)
     by_image = {"group", "loo", "mean"} & {config.baseline, config.scale_rewards}
