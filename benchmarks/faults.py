@@ -135,11 +135,19 @@ class Laboratory:
 
     def unwritable(self, prevent, reason, mend):
         """After the first epoch, a command prevents the next checkpoint; another mends that."""
-        place = self.new_place(epoch=1)
+        place = self.new_place()
         shell = partial(subprocess.run, shell=True, cwd=place, check=True)
-        result = self.run_here(place, *RESUME, on_start=lambda _: shell(prevent))
-        shell(mend)
-        check_refusal(result, 1, "cannot write run/", f": {reason}; mend that, and ")
+
+        def report_and_prevent(*arguments):
+            report_epoch(*arguments)
+            shell(prevent)
+
+        try:
+            with mock.patch.object(self.program, "report_epoch", report_and_prevent):
+                result = self.run_here(place, *self.flags)
+        finally:
+            shell(mend)
+        check_refusal(result, 1, f"cannot write run/checkpoints/epoch-2.npz: {reason}; ")
         self.resume(place, already=1)
 
     def second_run(self):

@@ -67,18 +67,25 @@ def sample(source):
 
 def try_out(mutated, suite, data_dir):
     """The test that notices a mutant, "time" if it takes too long, or None if it survives."""
-    pytest = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no", f"-k not ({NOT_COUNTED})"]
-    command = ["timeout", "--signal=KILL", str(LIMIT), *pytest]  # also what the tests start
+    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "--tb=no", f"-k not ({NOT_COUNTED})"]
     with tempfile.TemporaryDirectory() as directory:
         project, shared = Path(directory, "project"), Path(directory, "shared", "mnist")
         shutil.copytree(suite, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         shutil.copytree(data_dir / "downloads" / "manual", shared)  # A mutant may spoil it.
         (project / PROGRAM).write_text(mutated)
         private = os.environ | {"HOME": directory, "TMPDIR": directory}
-        tests = subprocess.run(command, cwd=project, env=private, capture_output=True, text=True)
-    noticed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", tests.stdout, re.MULTILINE)
-    outcomes = {0: None, -signal.SIGKILL: "time"}
-    return outcomes.get(tests.returncode, noticed[1] if noticed else "import")
+        options = {"cwd": project, "env": private, "start_new_session": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, **options)
+        try:
+            output, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return "time"
+        finally:  # also for what the tests have started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    noticed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+    return None if process.returncode == 0 else noticed[1] if noticed else "import"
 
 
 def main(data_dir: Path, suite: Path = ROOT, name: str = "after"):

@@ -171,8 +171,10 @@ def repeat_study(asked, dataset):
     @jax.jit
     @jax.vmap
     def train(state, seed):
-        key = jax.random.fold_in(jax.random.key(seed), 1)  # another one than the trainer's
-        return jax.lax.scan(step, state, jax.random.split(key, PUBLISHED_UPDATES))[0]
+        numbers = jnp.arange(1, PUBLISHED_UPDATES // 200 + 1)  # of 200 updates each
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
+        keys = jax.vmap(partial(jax.random.split, num=200))(keys)
+        return jax.lax.scan(step, state, keys.reshape(-1))[0]
 
     common.widen(PUBLISHED_WIDTH)
     state = train(grpo_mnist.create_state(config), seeds)

@@ -56,7 +56,7 @@ def sentences():
     yield f"the batch's mean ({points(compared['batch-mean GRPO, G = 8'], grpo)})"
     yield f"the image's own ({points(grown['ratio and clip'], grpo)})"
     behind = points(compared["strong setting"], compared["labels, tuned"]).removeprefix("-")
-    yield f"comes within {behind} points of training on labels"
+    yield f"falls short of training on labels by {behind} points"
     lost = sum(share < 0.9 for share in grown["baseline"]["test_accuracy"])
     yield f"{('No', 'One', 'Two', 'Three')[lost]} of five seeds still collapse"
     assert sum(share > 0.97 for share in grown["K = 1, as many updates"]["test_accuracy"]) == 4

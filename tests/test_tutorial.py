@@ -4,7 +4,6 @@ import importlib
 import itertools
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -118,7 +117,7 @@ def test_a_reward_and_a_baseline_of_ones_own_are_one_entry_each(tmp_path, monkey
     assert "--num-generations 1 must be 2 or more" in capfd.readouterr().err
 
 
-def test_the_update_by_hand_is_what_the_code_computes(digits, monkeypatch, capsys):
+def test_the_update_by_hand_is_what_the_code_computes(digits, capsys):
     """In the trainer's own step, too: the mean of the losses, and what it clipped."""
     (command,) = blocks("bash", "4. ")
     assert command.strip() == one_update.COMMAND
@@ -135,7 +134,6 @@ def test_the_update_by_hand_is_what_the_code_computes(digits, monkeypatch, capsy
     for name in ("loss", "clip_ratio_low", "clip_ratio_high", "grad_norm"):
         by_round = [each[name] for each in committed["rounds"]]
         assert metrics[name] == pytest.approx(np.mean(by_round), rel=1e-3)
-    monkeypatch.setattr(sys, "argv", ["one_update.py"])
     one_update.main()
     described = "\n".join([*one_update.describe(committed), ""])
     assert masked(capsys.readouterr().out) == masked(described)
