@@ -8,13 +8,13 @@ from grpo_mnist import Config, load_dataset
 
 
 def test_the_program_trains_and_a_tiny_subset_is_learned(tmp_path):
-    """Two epochs in another process; here, one batch 100 times: the same steps, compiled once."""
+    """Two epochs in another process; here, one batch 60 times: the same steps, compiled once."""
     flags = ("--dataset=digits", "--num-epochs=2", "--batch-size=512", "--output-dir=run")
     with start_program(*flags) as process:
         digits = load_dataset("digits", tmp_path)
         images, labels = digits.train_images[:512], digits.train_labels[:512]
         tiny = digits._replace(train_images=images, train_labels=labels)
-        history = train_in_memory(tiny, Config(batch_size=512, num_epochs=100))
+        history = train_in_memory(tiny, Config(batch_size=512, num_epochs=60))
         output, errors = process.communicate(timeout=120)
     assert history[0]["accuracy"] < 0.5
     assert history[-1]["accuracy"] > 0.95  # from right and wrong alone
