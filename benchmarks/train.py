@@ -171,7 +171,7 @@ def repeat_study(asked, dataset):
     @jax.jit
     @jax.vmap
     def train(state, seed):
-        numbers = jnp.arange(1, PUBLISHED_UPDATES // 200 + 1)  # of 200 updates each
+        numbers = jnp.arange(1, PUBLISHED_UPDATES // 200 + 1)  # 200 updates each, as in the result
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
         keys = jax.vmap(partial(jax.random.split, num=200))(keys)
         return jax.lax.scan(step, state, keys.reshape(-1))[0]
